@@ -1,0 +1,3 @@
+module github.com/lash-net/lash
+
+go 1.26
