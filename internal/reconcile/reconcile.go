@@ -28,6 +28,8 @@ type Snapshot[K comparable, V any] struct {
 	Rows map[K]V
 	// Complete says that every source of the rows has been read: only then is anything deleted.
 	Complete bool
+	// Completed is closed when Complete becomes true; nil if it is.
+	Completed <-chan struct{}
 	// Changed is closed when the rows may have changed since. A nil channel never changes.
 	Changed <-chan struct{}
 }
@@ -146,6 +148,8 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 			continue
 		case <-timer.C:
 			continue
+		case <-snap.Completed:
+			timer.Stop()
 		case <-snap.Changed:
 			timer.Stop()
 		}
