@@ -63,15 +63,9 @@ func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
 	}
 	for {
 		txn := db.ReadTxn()
+		chans, complete := watch(txn, s.Inputs)
 		ws := statedb.NewWatchSet()
-		complete := true
-		for _, in := range s.Inputs {
-			ws.Add(in.watch(txn))
-			if ok, ch := in.meta.Initialized(txn); !ok {
-				complete = false
-				ws.Add(ch)
-			}
-		}
+		ws.Add(chans...)
 		if complete || !s.Complete {
 			rows := s.Compute(txn, complete)
 			w := db.WriteTxn(s.Out)
@@ -95,20 +89,36 @@ func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
 
 // Desired is the Desired function of a loop over a table.
 func Desired[Row any, K comparable, V any](db *statedb.DB, tbl statedb.Table[Row], split func(Row) (K, V)) func() reconcile.Snapshot[K, V] {
-	return func() reconcile.Snapshot[K, V] {
-		txn := db.ReadTxn()
-		seq, changed := tbl.AllWatch(txn)
+	return DesiredOf(db, []Input{From(tbl)}, func(txn statedb.ReadTxn) map[K]V {
 		rows := map[K]V{}
-		for r := range seq {
+		for r := range tbl.All(txn) {
 			k, v := split(r)
 			rows[k] = v
 		}
-		complete, completed := tbl.Initialized(txn)
-		if complete {
-			completed = nil
-		}
-		return reconcile.Snapshot[K, V]{Rows: rows, Complete: complete, Completed: completed, Changed: changed}
+		return rows
+	})
+}
+
+// DesiredOf is the Desired function of a loop over a pure function of tables.
+func DesiredOf[K comparable, V any](db *statedb.DB, inputs []Input, compute func(statedb.ReadTxn) map[K]V) func() reconcile.Snapshot[K, V] {
+	return func() reconcile.Snapshot[K, V] {
+		txn := db.ReadTxn()
+		chans, complete := watch(txn, inputs)
+		return reconcile.Snapshot[K, V]{Rows: compute(txn), Complete: complete, Changed: chans}
 	}
+}
+
+// watch returns channels that are closed when an input changes or becomes complete, and whether all are complete.
+func watch(txn statedb.ReadTxn, inputs []Input) (chans []<-chan struct{}, complete bool) {
+	complete = true
+	for _, in := range inputs {
+		chans = append(chans, in.watch(txn))
+		if ok, ch := in.meta.Initialized(txn); !ok {
+			complete = false
+			chans = append(chans, ch)
+		}
+	}
+	return chans, complete
 }
 
 // Pending names the tables that are not complete, with what they wait for.

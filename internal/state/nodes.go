@@ -56,8 +56,12 @@ var nodeByName = byString("name", func(r Node) string { return r.Name })
 // NodeByName finds a node by its name.
 func NodeByName(name string) statedb.Query[Node] { return nodeByName.Query(name) }
 
-func newNodes(db *statedb.DB) (statedb.RWTable[Node], error) {
-	return statedb.NewTableAny(db, "nodes",
+func newNodes(db *statedb.DB) (statedb.RWTable[Node], error) { return newNodeTable(db, "nodes") }
+
+func newLocal(db *statedb.DB) (statedb.RWTable[Node], error) { return newNodeTable(db, "local-node") }
+
+func newNodeTable(db *statedb.DB, name string) (statedb.RWTable[Node], error) {
+	return statedb.NewTableAny(db, name,
 		func() []string { return []string{"Name", "Addresses", "PodCIDRs", "Routers", "Local", "Source"} },
 		func(r Node) []string {
 			local := ""

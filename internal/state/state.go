@@ -17,12 +17,12 @@ type Tables struct {
 	DB *statedb.DB
 
 	NodeObjects statedb.RWTable[NodeObject]    // k8s: Nodes and CiliumNodes as read
+	Local       statedb.RWTable[Node]          // agent: this node, one row, known before the API server answers
 	Nodes       statedb.RWTable[Node]          // node: the merged nodes of the cluster
 	IPCache     statedb.RWTable[IPCache]       // node: who is behind a prefix
 	Routes      statedb.RWTable[Route]         // node: wanted routes
 	Warnings    statedb.RWTable[Warning]       // node, ipam: what a person should know
 	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
-	LocalAddrs  statedb.RWTable[LocalAddr]     // node: addresses of endpoints and of the node itself
 	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
 	Pods        statedb.RWTable[Pod]           // k8s: pods of this node
 	Services    statedb.RWTable[Service]       // k8s
@@ -38,12 +38,12 @@ func New() (*Tables, error) {
 	t := &Tables{DB: db}
 	err := firstError(
 		create(db, &t.NodeObjects, newNodeObjects),
+		create(db, &t.Local, newLocal),
 		create(db, &t.Nodes, newNodes),
 		create(db, &t.IPCache, newIPCache),
 		create(db, &t.Routes, newRoutes),
 		create(db, &t.Warnings, newWarnings),
 		create(db, &t.Devices, newDevices),
-		create(db, &t.LocalAddrs, newLocalAddrs),
 		create(db, &t.Endpoints, newEndpoints),
 		create(db, &t.Pods, newPods),
 		create(db, &t.Services, newServices),

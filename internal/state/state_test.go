@@ -31,7 +31,7 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.Routes, Route{Dst: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Warnings, Warning{Key: "k"})
 	Insert(tables.DB, tables.Devices, Device{Ifindex: 2})
-	Insert(tables.DB, tables.LocalAddrs, LocalAddr{Addr: netip.MustParseAddr("10.0.0.1")})
+	Insert(tables.DB, tables.Local, Node{Name: "n"})
 	Insert(tables.DB, tables.Endpoints, Endpoint{ID: 7})
 	Insert(tables.DB, tables.Pods, Pod{Namespace: "a", Name: "b"})
 	Insert(tables.DB, tables.Services, Service{Namespace: "a", Name: "b", Ports: []ServicePort{{}}})
@@ -124,22 +124,27 @@ func TestStageWaitsForItsInputs(t *testing.T) {
 	w = tables.DB.WriteTxn(tables.Pods)
 	podsDone(w)
 	w.Commit()
-	select {
-	case <-snap.Completed:
-	case <-time.After(10 * time.Second):
-		t.Fatal("the output never became complete")
+	for !snap.Complete {
+		wait(t, snap.Changed)
+		snap = desired()
 	}
-	snap = desired()
-	if !snap.Complete || snap.Completed != nil || snap.Rows["a/1"] != "Running" {
+	if snap.Rows["a/1"] != "Running" {
 		t.Fatalf("snapshot is %+v", snap)
 	}
 	Delete(tables.DB, tables.Pods, Pod{Namespace: "a", Name: "1"})
-	select {
-	case <-snap.Changed:
-	case <-time.After(10 * time.Second):
-		t.Fatal("the change did not arrive")
-	}
+	wait(t, snap.Changed)
 	if snap = desired(); len(snap.Rows) != 0 {
 		t.Errorf("rows are %v", snap.Rows)
+	}
+}
+
+func wait(t *testing.T, chans []<-chan struct{}) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	ws := statedb.NewWatchSet()
+	ws.Add(chans...)
+	if _, err := ws.Wait(ctx, 0); err != nil {
+		t.Fatal("nothing changed")
 	}
 }
