@@ -171,7 +171,9 @@ func (w *Watcher) classify(m syscall.NetlinkMessage) Change {
 		if len(m.Data) < unix.SizeofRtMsg {
 			return Change{Routes: true}
 		}
-		return Change{Routes: nl.DeserializeRtMsg(m.Data).Flags&unix.RTM_F_CLONED == 0}
+		// The local table follows addresses, which are reported, and pods' devices: each adds its multicast route.
+		route := nl.DeserializeRtMsg(m.Data)
+		return Change{Routes: route.Flags&unix.RTM_F_CLONED == 0 && route.Table != unix.RT_TABLE_LOCAL}
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return Change{Neighbors: w.neighMatters(m)}
 	}
