@@ -92,7 +92,7 @@ func ensurePair(nl *netlink.Handle, mtu int, changed func(string, ...any)) (host
 	attrs.Name, attrs.MTU = HostDevice, mtu
 	hostMAC, netMAC := randomMAC(), randomMAC()
 	attrs.HardwareAddr = hostMAC[:]
-	err = nl.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: NetDevice, PeerMTU: uint32(mtu), PeerHardwareAddr: netMAC[:]})
+	err = nl.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: NetDevice, PeerMTU: uint32(mtu), PeerTxQLen: txQueueLen, PeerHardwareAddr: netMAC[:]})
 	if err != nil {
 		return nil, nil, fmt.Errorf("create %s with %s: %w", HostDevice, NetDevice, err)
 	}

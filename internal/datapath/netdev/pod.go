@@ -22,6 +22,7 @@ import (
 const (
 	podAlias    = aliasPrefix + "pod:" // then container id, '/', name in the pod
 	maxAlias    = 255                  // IFALIASZ - 1
+	txQueueLen  = 1000                 // the kernel's default for Ethernet, which peers do not get by themselves
 	loopback    = 1                    // LOOPBACK_IFINDEX: lo is the first device of every namespace
 	addrGenNone = 1                    // IN6_ADDR_GEN_MODE_NONE
 )
@@ -47,7 +48,7 @@ func (h *Host) CreatePod(_ context.Context, netns *os.File, ep model.Endpoint, n
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = ep.IfName, network.MTU, ep.NodeMAC[:]
 	pair := &netlink.Veth{
 		LinkAttrs: attrs, PeerName: ep.ContainerIfName, PeerHardwareAddr: ep.MAC[:],
-		PeerMTU: uint32(network.MTU), PeerNamespace: netlink.NsFd(netns.Fd()),
+		PeerMTU: uint32(network.MTU), PeerTxQLen: txQueueLen, PeerNamespace: netlink.NsFd(netns.Fd()),
 	}
 	err = nl.LinkAdd(pair)
 	if errors.Is(err, unix.EEXIST) {
@@ -93,17 +94,6 @@ func (h *Host) markPod(nl *netlink.Handle, ep *model.Endpoint) error {
 // StartPod gives the pod its addresses and routes and takes both devices up. To be called when programs and rows are in
 // place. What fails is left to DeletePod.
 func (h *Host) StartPod(_ context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) error {
-	if err := h.fault("host up"); err != nil {
-		return err
-	}
-	nl, err := h.open()
-	if err != nil {
-		return fmt.Errorf("netlink: %w", err)
-	}
-	defer nl.Close()
-	if err := nl.LinkSetUp(linkOf(ep.Ifindex, ep.IfName)); err != nil {
-		return fmt.Errorf("set %s up: %w", ep.IfName, err)
-	}
 	pod, err := openPod(netns, ep)
 	if err != nil {
 		return err
@@ -128,6 +118,9 @@ func (h *Host) StartPod(_ context.Context, netns *os.File, ep model.Endpoint, ne
 	if err := pod.LinkSetUp(eth0); err != nil {
 		return fmt.Errorf("set %s up in the pod: %w", ep.ContainerIfName, err)
 	}
+	if err := h.setHostUp(ep); err != nil {
+		return err
+	}
 	if err := h.fault("routes"); err != nil {
 		return err
 	}
@@ -135,6 +128,24 @@ func (h *Host) StartPod(_ context.Context, netns *os.File, ep model.Endpoint, ne
 		if err := pod.RouteAdd(&route); err != nil {
 			return fmt.Errorf("route %s in the pod: %w", route, err)
 		}
+	}
+	return nil
+}
+
+// setHostUp takes the host side up, after the pod's: the one that is up first learns of its carrier by a link event, which
+// the kernel delays by up to a second for a device that can send already. So it is the host side, which nobody watches,
+// that shows "state DOWN" for a while, and not the pod's.
+func (h *Host) setHostUp(ep model.Endpoint) error {
+	if err := h.fault("host up"); err != nil {
+		return err
+	}
+	nl, err := h.open()
+	if err != nil {
+		return fmt.Errorf("netlink: %w", err)
+	}
+	defer nl.Close()
+	if err := nl.LinkSetUp(linkOf(ep.Ifindex, ep.IfName)); err != nil {
+		return fmt.Errorf("set %s up: %w", ep.IfName, err)
 	}
 	return nil
 }
