@@ -45,7 +45,7 @@ func EqualEndpoint(a, b Endpoint) bool {
 	return a.ID == b.ID && a.ContainerID == b.ContainerID && a.Namespace == b.Namespace && a.Pod == b.Pod && a.UID == b.UID &&
 		a.NetnsPath == b.NetnsPath && a.ContainerIfName == b.ContainerIfName && a.IfName == b.IfName && a.Ifindex == b.Ifindex &&
 		a.PeerIfindex == b.PeerIfindex && a.MAC == b.MAC && a.NodeMAC == b.NodeMAC && a.IPv4 == b.IPv4 && a.IPv6 == b.IPv6 &&
-		a.Identity == b.Identity && a.State == b.State
+		a.Network == b.Network && a.Identity == b.Identity && a.State == b.State
 }
 
 func newEndpoints(db *statedb.DB) (statedb.RWTable[Endpoint], error) {
