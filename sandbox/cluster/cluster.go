@@ -243,7 +243,7 @@ func Names() []string {
 	return names
 }
 
-// poll calls ok until it is true; the error says what did not happen.
+// poll calls ok until it is true, and returns its error then; else the error says what did not happen.
 func poll(ctx context.Context, limit time.Duration, what string, ok func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -251,7 +251,7 @@ func poll(ctx context.Context, limit time.Duration, what string, ok func() (bool
 	for {
 		done, err := ok()
 		if done {
-			return nil
+			return err
 		}
 		if err != nil {
 			last = err

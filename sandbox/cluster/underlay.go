@@ -93,9 +93,9 @@ for i in all default; do echo 0 > /proc/sys/net/ipv4/conf/$i/send_redirects; ech
 		"addr add "+cidr(plan.Gateway6, plan.Underlay6)+" dev br0 nodad",
 		"link set br0 up",
 		"route add blackhole default",
-		"-6 route add blackhole default",
+		"route add blackhole ::/0",
 		"route add "+plan.Beyond4.String()+" via "+plan.Outside4.String(),
-		"-6 route add "+plan.Beyond6.String()+" via "+plan.Outside6.String(),
+		"route add "+plan.Beyond6.String()+" via "+plan.Outside6.String(),
 	); err != nil {
 		return err
 	}
@@ -127,7 +127,7 @@ func (c *Cluster) attach(ctx context.Context, host string, v4, v6 netip.Addr) er
 		"addr add "+cidr(v6, plan.Underlay6)+" dev eth0 nodad",
 		"link set eth0 up",
 		"route add default via "+plan.Gateway4.String(),
-		"-6 route add default via "+plan.Gateway6.String())
+		"route add ::/0 via "+plan.Gateway6.String())
 }
 
 func cidr(a netip.Addr, p netip.Prefix) string { return netip.PrefixFrom(a, p.Bits()).String() }
