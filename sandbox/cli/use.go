@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -201,6 +202,7 @@ Disks stay: "sandbox restart" boots them with the same name, addresses and conta
 
 func (a *app) restart() *cobra.Command {
 	var all bool
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "restart NODE... | --all",
 		Short: "Boot nodes again, as after a power failure",
@@ -218,12 +220,20 @@ func (a *app) restart() *cobra.Command {
 				if err := c.RestartNodes(cmd.Context(), args...); err != nil {
 					return err
 				}
-				a.say("booted %s; Kubernetes brings their pods back", strings.Join(args, ", "))
+				a.say("booted %s", strings.Join(args, ", "))
+				if wait == 0 {
+					return nil
+				}
+				if err := c.WaitBooted(cmd.Context(), wait, args...); err != nil {
+					return err
+				}
+				a.say("Kubernetes has them back and restarts their pods")
 				return nil
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "all nodes at once")
+	cmd.Flags().DurationVar(&wait, "wait", 60*time.Second, "wait so long until kubelet has reported the new boot; 0 does not wait")
 	return cmd
 }
 

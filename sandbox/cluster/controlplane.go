@@ -20,8 +20,9 @@ import (
 )
 
 // Components are the processes of the control plane, in the order in which they start. The forwarder
-// carries 127.0.0.1:PORT of the machine to the API server; it is what `sandbox kubeconfig` names.
-var Components = []string{"etcd", "apiserver", "controller-manager", "scheduler", "forwarder"}
+// carries 127.0.0.1:PORT of the machine to the API server; it is what `sandbox kubeconfig` names. The test
+// server on the outside machine (HTTP 8080, UDP 8081, TCP 8082) says from which address it was asked.
+var Components = []string{"etcd", "apiserver", "controller-manager", "scheduler", "forwarder", "outside"}
 
 // ForwardCommand is the hidden subcommand that is the forwarder.
 const ForwardCommand = "__forward"
@@ -121,6 +122,8 @@ func (c *Cluster) command(component string) []string {
 		return []string{c.cache.Bin("kube-scheduler"), "--kubeconfig=" + k("scheduler.conf"),
 			"--authentication-kubeconfig=" + k("scheduler.conf"), "--authorization-kubeconfig=" + k("scheduler.conf"),
 			"--leader-elect=false", "--bind-address=127.0.0.1"}
+	case "outside":
+		return []string{c.cache.Bin("toolbox"), "serve"}
 	case "forwarder":
 		self, err := os.Executable()
 		if err != nil {
@@ -146,8 +149,11 @@ func (c *Cluster) StartComponent(name string) error {
 		return nil
 	}
 	l := node.Launch{Cgroup: c.cgroup(plan.ControlPlane), Netns: c.netnsPath(plan.ControlPlane), Pidfile: c.pidfile(name), Argv: c.command(name)}
-	if name == "forwarder" {
+	switch name {
+	case "forwarder":
 		l.Netns = ""
+	case "outside":
+		l.Netns = c.netnsPath(plan.Outside)
 	}
 	if err := l.Start(c.layout, c.logfile(name)); err != nil {
 		return fmt.Errorf("start %s: %w", name, err)

@@ -101,7 +101,7 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 	if err := c.underlay(ctx); err != nil {
 		return err
 	}
-	for _, p := range []string{"etcd", "apiserver", "forwarder"} {
+	for _, p := range []string{"etcd", "apiserver", "forwarder", "outside"} {
 		if err := c.StartComponent(p); err != nil {
 			return err
 		}
