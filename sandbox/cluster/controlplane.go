@@ -4,12 +4,14 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -76,9 +78,19 @@ func (c *Cluster) Kubeconfig(internal bool) string {
 	return c.pki().Path("kubeconfig")
 }
 
-// freePort finds a port for the forwarder; the sandbox keeps it for life.
+// freePort finds a port for the forwarder that nobody listens on and no other sandbox was given.
 func freePort() (int, error) {
+	taken := map[int]bool{}
+	for _, n := range Names() {
+		var other Config
+		if b, err := os.ReadFile(filepath.Join(StateDir, n, "config.json")); err == nil && json.Unmarshal(b, &other) == nil {
+			taken[other.Port] = true
+		}
+	}
 	for p := 16443; p < 16543; p++ {
+		if taken[p] {
+			continue
+		}
 		if l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(p)); err == nil {
 			l.Close()
 			return p, nil

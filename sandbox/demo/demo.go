@@ -128,6 +128,8 @@ func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error
 func misfit(ctx context.Context, c *cluster.Cluster, o cluster.Options) string {
 	s := c.Status(ctx)
 	switch {
+	case !c.Whole:
+		return "its start was cut short"
 	case !s.Ready:
 		return "its API server is not ready"
 	case len(c.Nodes) != o.Nodes:
