@@ -102,13 +102,13 @@ func enter(t node.Target, argv, env []string) error {
 }
 
 func (a *app) exec() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "exec NODE -- COMMAND...",
 		Short: "Run a command inside a node (or in the network namespace of cp, outside, sw)",
 		Long: `Run a command inside a node: in all of its namespaces and in its cgroup. The hosts cp
 (control plane), outside and sw (the underlay's bridge) are network namespaces only. Input,
 output and the exit status are the command's.`,
-		Example: "  sandbox exec n1 -- crictl ps\n  sandbox exec outside -- curl http://172.18.0.11",
+		Example: "  sandbox exec n1 -- ctr -n k8s.io containers ls\n  sandbox exec outside -- curl http://172.18.0.11",
 		Args:    cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c, err := a.open()
@@ -119,9 +119,18 @@ output and the exit status are the command's.`,
 			if err != nil {
 				return err
 			}
-			return enter(t, args[1:], os.Environ())
+			argv := args[1:]
+			if argv[0] == "--" {
+				argv = argv[1:]
+			}
+			if len(argv) == 0 {
+				return errors.New("exec needs a command after the node's name")
+			}
+			return enter(t, argv, os.Environ())
 		},
 	}
+	cmd.Flags().SetInterspersed(false) // flags after NODE are the command's, with -- or without
+	return cmd
 }
 
 func (a *app) load() *cobra.Command {
