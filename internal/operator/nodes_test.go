@@ -231,7 +231,7 @@ func TestMalformedCiliumNodesAreNamedAndHoldNobodyBack(t *testing.T) {
 		{[]string{"fd00::/129"}, `spec.ipam.podCIDRs[0]="fd00::/129"`},
 		{[]string{"10.7.0.0/24"}, `spec.ipam.podCIDRs[0]=10.7.0.0/24 overlaps a pod CIDR of node first: drain this node and delete its CiliumNode`},
 		{[]string{"10.7.0.128/25"}, `overlaps a pod CIDR of node first`},
-		{[]string{"10.0.0.0/8"}, `overlaps a pod CIDR of node first`},
+		{[]string{"10.0.0.0/12"}, `overlaps a pod CIDR of node first`},
 	} {
 		c := newCluster()
 		for i, n := range []string{"first", "bad", "good"} {
