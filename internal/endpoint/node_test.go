@@ -134,7 +134,7 @@ func (d *datapath) DetachPod(_ int, ifname string) error {
 	return nil
 }
 
-func (d *datapath) PodAttached(ifindex int, ifname string) error {
+func (d *datapath) Attached(ifindex int, ifname string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.attached[ifname] != ifindex {
