@@ -3,10 +3,8 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"runtime"
 	"slices"
 	"time"
@@ -15,7 +13,6 @@ import (
 
 	api "github.com/lash-net/lash/api/agent"
 	"github.com/lash-net/lash/internal/datapath"
-	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/node"
 	"github.com/lash-net/lash/internal/server"
 	"github.com/lash-net/lash/internal/version"
@@ -114,20 +111,6 @@ func (a *agent) ipamFact() api.IPAM {
 	return out
 }
 
-// sameCIDRs reports whether the allocator's CIDRs are the node's.
-func sameCIDRs(usage []ipam.Usage, cidrs []netip.Prefix) bool {
-	var have []netip.Prefix
-	for _, u := range usage {
-		have = append(have, u.CIDRs...)
-	}
-	for _, c := range cidrs {
-		if !slices.Contains(have, c.Masked()) {
-			return false
-		}
-	}
-	return len(have) == len(cidrs)
-}
-
 func kernelRelease() string {
 	var u unix.Utsname
 	if unix.Uname(&u) != nil {
@@ -139,7 +122,7 @@ func kernelRelease() string {
 // dumper lets the server ask the datapath once it is open.
 type dumper struct{ a *agent }
 
-func (d dumper) Dump(_ context.Context, name string) ([]string, [][]string, error) {
+func (d dumper) Dump(name string) ([]string, [][]string, error) {
 	dp := d.a.phase.Load().dp
 	if dp == nil {
 		return nil, nil, errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)

@@ -71,37 +71,57 @@ func (a *agent) local(txn statedb.ReadTxn) (model.Node, bool) {
 	return n, ok
 }
 
-func (a *agent) writeLocal(n model.Node) error {
-	state.Insert(a.tables.DB, a.tables.Local, n)
+// updateLocal changes the row of this node and its checkpoint.
+func (a *agent) updateLocal(change func(model.Node) model.Node) (model.Node, error) {
+	w := a.tables.DB.WriteTxn(a.tables.Local)
+	defer w.Abort()
+	prev, _ := a.local(w)
+	n := change(prev)
+	if state.EqualNode(prev, n) {
+		return n, nil
+	}
+	if _, _, err := a.tables.Local.Insert(w, n); err != nil {
+		return n, err
+	}
 	b, err := json.Marshal(n)
 	if err != nil {
-		return err
+		return n, err
 	}
 	if err := os.MkdirAll(a.cfg.StateDir, 0o755); err != nil {
-		return fmt.Errorf("checkpoint of the node: %w", err)
+		return n, fmt.Errorf("checkpoint of the node: %w", err)
 	}
 	if err := cni.WriteFile(localCheckpoint(a.cfg), b, 0o644); err != nil {
-		return fmt.Errorf("checkpoint of the node: %w", err)
+		return n, fmt.Errorf("checkpoint of the node: %w", err)
 	}
-	return nil
+	w.Commit()
+	a.log.Info("local node", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs, "routers", n.Routers)
+	return n, nil
 }
 
-// localNode keeps the row of this node equal to what its objects say.
-func (a *agent) localNode() *state.Task {
+// localNode keeps the row of this node equal to what its objects say. Programs are loaded for the node's pod CIDRs: other
+// ones need a restart.
+func (a *agent) localNode(restart func(error)) *state.Task {
 	return &state.Task{
 		Name:   "local-node",
 		Inputs: []state.Input{state.From(a.tables.NodeObjects.ToTable())},
 		Do: func(context.Context) error {
-			txn := a.tables.DB.ReadTxn()
-			prev, _ := a.local(txn)
-			n := node.Local(a.nodeCfg, prev, a.ownObjects(txn))
-			if state.EqualNode(prev, n) {
-				return nil
+			n, err := a.updateLocal(func(prev model.Node) model.Node {
+				return node.Local(a.nodeCfg, prev, a.ownObjects(a.tables.DB.ReadTxn()))
+			})
+			if changed := a.cidrsChanged(n); err == nil && changed != nil {
+				restart(changed)
 			}
-			a.log.Info("local node", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs)
-			return a.writeLocal(n)
+			return err
 		},
 	}
+}
+
+// cidrsChanged is the reason to restart if the programs were loaded for other pod CIDRs than the node has.
+func (a *agent) cidrsChanged(n model.Node) error {
+	if loaded := a.loaded.Load(); loaded != nil && !slices.Equal(*loaded, n.PodCIDRs) {
+		return errRestart(fmt.Sprintf("the pod CIDRs of the node changed from %v to %v", *loaded, n.PodCIDRs))
+	}
+	return nil
 }
 
 // ownObjects are the Node and the CiliumNode of this node, as far as they have been read.
@@ -178,13 +198,16 @@ func (a *agent) prepareNode() (netdev.Base, error) {
 	for _, change := range base.Changes {
 		a.log.Info("node prepared", "change", change)
 	}
-	n.Routers = nil
-	for _, r := range []netip.Addr{r4, r6} {
-		if r.IsValid() {
-			n.Routers = append(n.Routers, r)
+	_, err = a.updateLocal(func(n model.Node) model.Node {
+		n.Routers = nil
+		for _, r := range []netip.Addr{r4, r6} {
+			if r.IsValid() {
+				n.Routers = append(n.Routers, r)
+			}
 		}
-	}
-	if err := a.writeLocal(n); err != nil {
+		return n
+	})
+	if err != nil {
 		return base, err
 	}
 	a.network.Store(&model.PodNetwork{Router4: r4, Router6: r6, MTU: found.MTU})

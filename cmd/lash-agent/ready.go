@@ -181,12 +181,6 @@ func (a *agent) markNode() *state.Task {
 		Inputs: []state.Input{state.From(a.tables.NodeObjects.ToTable()), state.From(a.tables.Local.ToTable())},
 		Do: func(ctx context.Context) error {
 			txn := a.tables.DB.ReadTxn()
-			if n, ok := a.local(txn); ok {
-				if u := a.ipam.Usage(); !sameCIDRs(u, n.PodCIDRs) {
-					a.log.Info("pod CIDRs of the node changed", "podCIDRs", n.PodCIDRs)
-					return errRestart(fmt.Sprintf("the node's pod CIDRs changed to %v", n.PodCIDRs))
-				}
-			}
 			own, _, ok := a.tables.NodeObjects.Get(txn, state.NodeObjectBySource(model.SourceKubernetes, a.name))
 			if !ok || own.NetworkOK && !slices.Contains(own.Taints, s.RemoveTaint) {
 				return nil

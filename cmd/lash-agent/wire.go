@@ -56,7 +56,8 @@ type agent struct {
 	detection  atomic.Pointer[netdev.Detection]
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
-	attached   atomic.Bool // socket programs
+	attached   atomic.Bool                    // socket programs
+	loaded     atomic.Pointer[[]netip.Prefix] // pod CIDRs the programs were loaded for
 	cniConf    atomic.Pointer[string]
 }
 
@@ -99,7 +100,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		g.start(r.Name, r.Run)
 	}
 	a.task(g, a.heartbeat())
-	a.task(g, a.localNode())
+	a.task(g, a.localNode(g.cancel))
 	a.task(g, a.publishNode())
 
 	// 3. The node's own addresses and devices.
@@ -126,6 +127,10 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	if a.dp, err = datapath.Open(dpCfg, log); err != nil {
 		return g.stop(err)
+	}
+	a.loaded.Store(&dpCfg.PodCIDRs)
+	if n, _ := a.local(a.tables.DB.ReadTxn()); a.cidrsChanged(n) != nil {
+		return g.stop(a.cidrsChanged(n))
 	}
 	defer a.dp.Close()
 	a.phase.Store(&phase{waiting: "restoring endpoints", dp: a.dp})

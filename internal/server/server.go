@@ -26,7 +26,7 @@ import (
 
 // Datapath dumps what is in the kernel; name is net, endpoint, ct, ipcache, lb, nat or metrics.
 type Datapath interface {
-	Dump(ctx context.Context, name string) (columns []string, rows [][]string, err error)
+	Dump(name string) (columns []string, rows [][]string, err error)
 }
 
 // Dumps are the names that a Datapath knows.
@@ -232,7 +232,7 @@ func (s *Server) bpf(r *http.Request) (any, error) {
 	if !slices.Contains(Dumps, name) {
 		return nil, notFound("no BPF table %q; there are %s", name, strings.Join(Dumps, ", "))
 	}
-	columns, rows, err := s.cfg.Datapath.Dump(r.Context(), name)
+	columns, rows, err := s.cfg.Datapath.Dump(name)
 	if err != nil {
 		return nil, err
 	}
