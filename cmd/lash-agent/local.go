@@ -94,7 +94,7 @@ func (a *agent) updateLocal(change func(model.Node) model.Node) (model.Node, err
 		return n, fmt.Errorf("checkpoint of the node: %w", err)
 	}
 	w.Commit()
-	a.log.Info("local node", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs, "routers", n.Routers)
+	a.log.Info("local node changed", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs, "routers", n.Routers)
 	return n, nil
 }
 
