@@ -21,7 +21,7 @@ var allowed = map[string][]string{
 	"internal/state":           {"internal/model", "internal/reconcile", "api/agent"},
 	"internal/config":          {"internal/model"},
 	"internal/reconcile":       {},
-	"internal/node":            {"internal/model", "internal/state"},
+	"internal/node":            {"internal/model", "internal/state", "internal/reconcile"},
 	"internal/service":         {"internal/model", "internal/state"},
 	"internal/ipam":            {"internal/model", "internal/state"},
 	"internal/podcidr":         {"internal/model", "internal/state"},
