@@ -34,6 +34,8 @@ type Endpoint struct {
 	IPv4 netip.Addr // invalid if the family is off
 	IPv6 netip.Addr
 
+	Network PodNetwork // as it was when the pod was attached
+
 	Identity  Identity
 	Labels    map[string]string
 	State     string

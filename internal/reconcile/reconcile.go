@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -28,8 +29,8 @@ type Snapshot[K comparable, V any] struct {
 	Rows map[K]V
 	// Complete says that every source of the rows has been read: only then is anything deleted.
 	Complete bool
-	// Changed is closed when the rows may have changed since. A nil channel never changes.
-	Changed <-chan struct{}
+	// Changed are channels of which one is closed when the rows, or Complete, may have changed since.
+	Changed []<-chan struct{}
 }
 
 // Health is the state of one loop after a pass.
@@ -122,7 +123,7 @@ func New[K comparable, V any](cfg Config[K, V]) *Loop[K, V] {
 // Run applies the wanted rows until ctx ends. It returns nil then; the target keeps what it has.
 func (l *Loop[K, V]) Run(ctx context.Context) error {
 	defer l.answerAll(context.Canceled)
-	for {
+	for ctx.Err() == nil {
 		l.mu.Lock()
 		waiters := l.waiters
 		l.waiters = nil
@@ -132,33 +133,30 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 		snap := l.cfg.Desired()
 		l.pass(ctx, snap, waiters)
 		l.answer(waiters)
-		if ctx.Err() != nil {
-			return nil
-		}
-
-		timer := time.NewTimer(time.Until(l.next()))
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-l.kick:
-			timer.Stop()
+		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
 			continue
-		case <-timer.C:
-			continue
-		case <-snap.Changed:
-			timer.Stop()
 		}
-		if wait := l.cfg.Throttle - time.Since(started); wait > 0 {
-			timer.Reset(wait)
-			select {
-			case <-ctx.Done():
-			case <-l.kick:
-			case <-timer.C:
-			}
-			timer.Stop()
+		if d := l.cfg.Throttle - time.Since(started); d > 0 {
+			l.wait(ctx, d, nil)
 		}
 	}
+	return nil
+}
+
+// wait returns true when one of the channels is closed, and false when the time is up, someone kicked, or ctx ended.
+func (l *Loop[K, V]) wait(ctx context.Context, d time.Duration, chans []<-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	cases := []reflect.SelectCase{
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())},
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(l.kick)},
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(timer.C)},
+	}
+	for _, ch := range chans {
+		cases = append(cases, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ch)})
+	}
+	i, _, _ := reflect.Select(cases)
+	return i >= 3
 }
 
 // Sync waits for a pass that began after the call and returns the errors of the given rows, or of all rows if none is

@@ -40,7 +40,7 @@ func (t *table) set(complete bool, rows map[string]int) {
 func (t *table) desired() Snapshot[string, int] {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return Snapshot[string, int]{Rows: maps.Clone(t.rows), Complete: t.complete, Changed: t.changed}
+	return Snapshot[string, int]{Rows: maps.Clone(t.rows), Complete: t.complete, Changed: []<-chan struct{}{t.changed}}
 }
 
 type fixture struct {
