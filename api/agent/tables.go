@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"net/netip"
+
+	"github.com/lash-net/lash/internal/model"
+)
+
+// Error is the body of every answer that is not 200.
+type Error struct {
+	Error string `json:"error"`
+}
+
+// Version is the agent's version.
+type Version struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit"`
+	Go      string `json:"go"`
+	Arch    string `json:"arch"`
+	Kernel  string `json:"kernel"`
+}
+
+// IP is one row of `lash ip list`.
+type IP struct {
+	Prefix   netip.Prefix   `json:"prefix"`
+	Identity model.Identity `json:"identity"`
+	Labels   []string       `json:"labels"` // reserved:host, k8s:app=...
+	Node     netip.Addr     `json:"node,omitzero"`
+	Source   string         `json:"source"`
+}
+
+// Service is one row of `lash service list`.
+type Service struct {
+	ID        uint32          `json:"id"`
+	Frontend  string          `json:"frontend"` // 10.96.0.1:443/TCP
+	Type      string          `json:"type"`
+	Namespace string          `json:"namespace"`
+	Name      string          `json:"name"`
+	PortName  string          `json:"portName,omitempty"`
+	Backends  []model.Backend `json:"backends"`
+}
+
+// Table is a table ready to be printed, rows sorted.
+type Table struct {
+	Name    string     `json:"name"`
+	Columns []string   `json:"columns"`
+	Rows    [][]string `json:"rows"`
+}
+
+// TableInfo is one row of the list of tables.
+type TableInfo struct {
+	Name     string `json:"name"`
+	Rows     int    `json:"rows"`
+	Complete bool   `json:"complete"`
+}

@@ -1,0 +1,77 @@
+//go:build ignore
+
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* lash_host, egress: what the node's own processes (and, with legacy host routing, the
+ * node's stack) send to the pods of this node. */
+#include "lib/route.h"
+
+#define FILE_ID FILE_HOST
+
+static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	struct conn_dir forth = {}, back = {};
+	__u32 epoch = current_epoch();
+	struct endpoint *ep, *src;
+	struct conn_dir *d, *other;
+	struct conn_key k;
+	struct conn *c;
+	bool from_hi, orig;
+	int action, err = 0;
+
+	ep = endpoint_of(&p->dst);
+	if (!ep || (ep->flags & ENDPOINT_HOST)) {
+		/* The kernel's own multicast (listener reports, solicitations) has no listener here. */
+		if (p->v6 ? p->dst.b[0] == 0xff : (p->dst.b[12] & 0xf0) == 0xe0)
+			return VERDICT_DROP;
+		return DROP(p, DROP_UNROUTABLE);
+	}
+	if (p->flags & PKT_FRAGMENT) {
+		err = fragment_ports(p);
+		if (err)
+			return err;
+	}
+	from_hi = pkt_key(&k, p);
+	c = conn_open(skb, p, &k, from_hi, &err);
+	if (!c)
+		return err;
+	orig = conn_from_initiator(c, from_hi);
+
+	/* Ingress policy comes in here. */
+
+	decide_pod(&forth, IN_HOST, ep, 0);
+	d = orig ? &c->orig : &c->reply;
+	other = orig ? &c->reply : &c->orig;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_HOST, why, skb->len);
+	dir_publish(d, &forth, epoch);
+	src = endpoint_of(&p->src);
+	if (src && (src->flags & ENDPOINT_HOST) && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
+		decide_stack(&back, ep->ifindex, ACTION_HOST, FOREVER);
+		dir_publish(other, &back, epoch);
+	}
+	action = carry_out(skb, p, HOOK_HOST, c, &forth, &p->dst, p->dport);
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
+}
+
+SEC("tc")
+int from_host(struct __sk_buff *skb)
+{
+	enum slow_reason why = SLOW_NEW;
+	struct pkt p;
+	int verdict;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		verdict = parse(skb, &p, false);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		verdict = parse(skb, &p, true);
+	else
+		return VERDICT_DROP; /* lash_host is NOARP: nothing else has a meaning on it */
+	if (!verdict) {
+		verdict = conn_fast(skb, &p, HOOK_HOST, IN_HOST, &why);
+		if (verdict == NOT_FAST)
+			verdict = from_host_slow(skb, &p, why);
+	}
+	return verdict < NOT_FAST ? drop(skb, &p, HOOK_HOST, verdict) : verdict;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

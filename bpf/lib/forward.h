@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Carrying out a decision: rewrite, count, redirect. The fast path is here. */
+#ifndef LASH_FORWARD_H
+#define LASH_FORWARD_H
+
+#include "nat.h"
+
+#define FILE_ID FILE_ROUTE
+
+/* skb->mark of packets that are finished with this node: to_netdev and
+ * to_container let them pass unread. The field's value for "SNAT done". */
+#define MARK_MASK 0x0f00
+#define MARK_DONE 0x0300
+
+/* Where a redirect leads stays readable in skb->cb for program test runs, which
+ * send nothing and tell nothing else: cb[0] = ifindex, cb[1] = enum conn_action. */
+static __always_inline void note(struct __sk_buff *skb, __u32 ifindex, __u32 action)
+{
+	skb->cb[0] = ifindex;
+	skb->cb[1] = action;
+}
+
+static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
+				     const struct mac *dmac, const struct mac *smac, bool ttl)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct ethhdr *eth = data;
+
+	if (data + HEADERS4 > end)
+		return -1;
+	__builtin_memcpy(eth->h_dest, dmac, ETH_ALEN);
+	__builtin_memcpy(eth->h_source, smac, ETH_ALEN);
+	if (!ttl)
+		return 0;
+	if (p->v6) {
+		((struct ipv6hdr *)(data + ETH_HLEN))->hop_limit--;
+	} else {
+		struct iphdr *ip = data + ETH_HLEN;
+		__u32 sum = (__u32)ip->check + bpf_htons(0x0100);
+
+		ip->ttl--;
+		ip->check = (__u16)(sum + (sum >= 0xffff));
+	}
+	return 0;
+}
+
+static __always_inline int to_pod(struct __sk_buff *skb, const enum hook hook, __u32 ifindex)
+{
+	note(skb, ifindex, ACTION_PEER);
+	/* redirect_peer exists at ingress only, and from 5.10 on. */
+	if (hook != HOOK_HOST && cfg_host_routing)
+		return bpf_redirect_peer(ifindex, 0);
+	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+	return bpf_redirect(ifindex, 0);
+}
+
+/* Up the host's stack by way of lash_host: the reverse path of a pod's address is
+ * that device, so that even strict rp_filter agrees. */
+static __always_inline int to_host(struct __sk_buff *skb, const struct pkt *p)
+{
+	__u64 mac = cfg_host_mac;
+
+	if (write_hop(skb, p, (struct mac *)&mac, (struct mac *)&mac, false))
+		return -1;
+	note(skb, cfg_host_ifindex, ACTION_HOST);
+	return bpf_redirect(cfg_host_ifindex, BPF_F_INGRESS);
+}
+
+/* carry_out rewrites and sends a packet as decided. Negative: the packet could not be written. */
+static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p, const enum hook hook,
+				     const struct conn *c, const struct conn_dir *d, const struct addr *initiator,
+				     __be16 initiator_port)
+{
+	__u32 out = d->out_ifindex;
+	__u8 action = d->action, flags = d->flags;
+	struct mac dmac = d->dmac, smac = d->smac;
+
+	if (unlikely(flags & (DIR_TO_NAT | DIR_NO_NAT))) {
+		/* These helpers may move the packet; what follows reads it anew. */
+		if (flags & DIR_TO_NAT ? nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port)
+				       : nat_rewrite(skb, p, false, &p->dst, p->dport, initiator, initiator_port))
+			return -1;
+	}
+	switch (action) {
+	case ACTION_PEER:
+		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
+			return -1;
+		return to_pod(skb, hook, out);
+	case ACTION_EGRESS:
+		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
+			return -1;
+		note(skb, out, ACTION_EGRESS);
+		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+		return bpf_redirect(out, 0);
+	case ACTION_HOST:
+		return to_host(skb, p);
+	}
+	note(skb, 0, ACTION_PASS);
+	return VERDICT_OK;
+}
+
+/* too_big: the packet, or a segment of it, exceeds the route's MTU. */
+static __always_inline bool too_big(const struct __sk_buff *skb, const struct pkt *p, __u16 mtu)
+{
+	if (likely(skb->len - ETH_HLEN <= mtu))
+		return false;
+	if (!skb->gso_size)
+		return true;
+	return skb->gso_size + (p->l4 - ETH_HLEN) + (p->proto == IPPROTO_TCP ? p->tcp_len : 8) > mtu;
+}
+
+#define NOT_FAST (-2)
+
+/* conn_fast follows the connection's decision for this packet, if one holds.
+ * The verdict, or NOT_FAST with the reason in *why. */
+static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const enum hook hook,
+				     __u32 in, enum slow_reason *why)
+{
+	struct conn_key k;
+	struct conn_dir *d;
+	struct conn *c;
+	bool from_hi, orig;
+	__u32 now;
+	int verdict;
+
+	if (unlikely(p->flags & (PKT_FRAGMENT | PKT_ICMP_ERROR | PKT_EXTENSION))) {
+		*why = p->flags & PKT_FRAGMENT ? SLOW_FRAGMENT :
+		       p->flags & PKT_ICMP_ERROR ? SLOW_ICMP_ERROR : SLOW_EXTENSION;
+		return NOT_FAST;
+	}
+	from_hi = pkt_key(&k, p);
+	c = bpf_map_lookup_elem(&lash_conn, &k);
+	if (!c) {
+		*why = SLOW_NEW;
+		return NOT_FAST;
+	}
+	orig = conn_from_initiator(c, from_hi);
+	d = orig ? &c->orig : &c->reply;
+	if (unlikely(d->epoch != current_epoch())) {
+		*why = d->epoch ? SLOW_EPOCH : SLOW_UNDECIDED;
+		return NOT_FAST;
+	}
+	if (unlikely(d->in != in)) {
+		*why = SLOW_ELSEWHERE;
+		return NOT_FAST;
+	}
+	now = ticks();
+	if (unlikely(past(now, d->deadline) || past(now, c->expires))) {
+		*why = SLOW_DEADLINE;
+		return NOT_FAST;
+	}
+	if (unlikely((p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN && conn_closed(c))) {
+		*why = SLOW_REOPENED;
+		return NOT_FAST;
+	}
+	if (unlikely(p->ttl <= 1 && (d->flags & DIR_TTL))) {
+		*why = SLOW_TTL;
+		return NOT_FAST;
+	}
+	if (unlikely(d->mtu && too_big(skb, p, d->mtu))) {
+		*why = SLOW_MTU;
+		return NOT_FAST;
+	}
+	conn_see(c, d, p, orig, skb->len, now);
+	if (from_hi == orig) /* the initiator is the hi side */
+		verdict = carry_out(skb, p, hook, c, d, &k.hi, k.hi_port);
+	else
+		verdict = carry_out(skb, p, hook, c, d, &k.lo, k.lo_port);
+	if (unlikely(verdict == -1))
+		return DROP(p, DROP_WRITE);
+	count(hook, SLOW_NOT, skb->len);
+	return verdict;
+}
+
+#undef FILE_ID
+#endif

@@ -1,0 +1,296 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* A packet is parsed once, into struct pkt on the stack. */
+#ifndef LASH_PARSE_H
+#define LASH_PARSE_H
+
+#include "drop.h"
+
+#define FILE_ID FILE_PARSE
+
+#define IPV4_MF     0x2000
+#define IPV4_DF     0x4000
+#define IPV4_OFFSET 0x1fff
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+enum icmp_types {
+	ICMP4_ECHO_REPLY = 0, ICMP4_UNREACHABLE = 3, ICMP4_ECHO = 8, ICMP4_TIME_EXCEEDED = 11, ICMP4_PARAMETER = 12,
+	ICMP6_ERROR_MAX = 127, ICMP6_ECHO = 128, ICMP6_ECHO_REPLY = 129,
+	ICMP6_RS = 133, ICMP6_NS = 135, ICMP6_NA = 136, ICMP6_REDIRECT = 137, ICMP6_MLD2 = 143,
+};
+
+enum pkt_flags {
+	PKT_FRAGMENT   = 1,  /* any fragment */
+	PKT_LATER      = 2,  /* a fragment without the L4 header */
+	PKT_ICMP_ERROR = 4,
+	PKT_EXTENSION  = 8,  /* headers between L3 and L4 */
+	PKT_PORTS      = 16, /* sport and dport are at l4 */
+	PKT_ECHO       = 32, /* the identifier stands for a port */
+};
+
+struct pkt {
+	struct addr src, dst;
+	__be16 sport, dport;
+	__u8 proto;
+	bool v6;
+	__u8 ttl;
+	__u8 tcp;                /* flags */
+	__u8 tcp_len;            /* of the TCP header, bytes */
+	__u8 flags;              /* enum pkt_flags */
+	__u8 icmp_type;
+	__u8 file;               /* DROP() */
+	__u16 l4;                /* offset from the frame's start */
+	__u16 line;              /* DROP() */
+	__u16 l3_len;            /* total length the L3 header states */
+	__u16 pad;
+	__u32 frag_id;
+};
+
+struct l4_head {
+	__be16 sport, dport;
+	__be32 seq, ack;
+	__u8 doff, flags;
+};
+
+static __always_inline void addr_from4(struct addr *a, __be32 ip)
+{
+	a->d[0] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = ip;
+}
+
+static __always_inline bool addr_is4(const struct addr *a)
+{
+	return a->d[0] == 0 && a->w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline bool addr_equal(const struct addr *a, const struct addr *b)
+{
+	return a->d[0] == b->d[0] && a->d[1] == b->d[1];
+}
+
+static __always_inline bool addr_zero(const struct addr *a)
+{
+	return (a->d[0] | a->d[1]) == 0;
+}
+
+/* A constant's fields are read one by one: it is volatile. */
+#define addr_within(a, net, mask)                                   \
+	(((a)->d[0] & (mask).d[0]) == (net).d[0] &&                 \
+	 ((a)->d[1] & (mask).d[1]) == (net).d[1])
+#define addr_is(a, constant) \
+	((a)->d[0] == (constant).d[0] && (a)->d[1] == (constant).d[1])
+#define mask_set(mask) (((mask).d[0] | (mask).d[1]) != 0)
+
+/* ports: reads what lies at l4, in the linear part or not. */
+static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *l4, void *end)
+{
+	switch (p->proto) {
+	case IPPROTO_TCP: {
+		struct l4_head *h = l4;
+
+		if ((void *)(h + 1) > end)
+			return DROP(p, DROP_CT_INVALID);
+		p->sport = h->sport;
+		p->dport = h->dport;
+		p->tcp = h->flags;
+		p->tcp_len = (h->doff >> 4) * 4;
+		p->flags |= PKT_PORTS;
+		if (unlikely(p->tcp_len < 20))
+			return DROP(p, DROP_CT_INVALID);
+		return 0;
+	}
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP: {
+		__be16 *h = l4;
+
+		if ((void *)(h + 2) > end)
+			return DROP(p, DROP_CT_INVALID);
+		p->sport = h[0];
+		p->dport = h[1];
+		p->flags |= PKT_PORTS;
+		return 0;
+	}
+	case IPPROTO_ICMP: {
+		__u8 *h = l4;
+
+		if (p->v6)
+			return 0;
+		if ((void *)(h + 8) > end)
+			return DROP(p, DROP_CT_INVALID);
+		p->icmp_type = h[0];
+		if (h[0] == ICMP4_ECHO) {
+			p->sport = *(__be16 *)(h + 4);
+			p->flags |= PKT_ECHO;
+		} else if (h[0] == ICMP4_ECHO_REPLY) {
+			p->dport = *(__be16 *)(h + 4);
+			p->flags |= PKT_ECHO;
+		} else if (h[0] == ICMP4_UNREACHABLE || h[0] == ICMP4_TIME_EXCEEDED || h[0] == ICMP4_PARAMETER) {
+			p->flags |= PKT_ICMP_ERROR;
+		}
+		return 0;
+	}
+	case IPPROTO_ICMPV6: {
+		__u8 *h = l4;
+
+		if (!p->v6)
+			return 0;
+		if ((void *)(h + 8) > end)
+			return DROP(p, DROP_CT_INVALID);
+		p->icmp_type = h[0];
+		if (h[0] == ICMP6_ECHO) {
+			p->sport = *(__be16 *)(h + 4);
+			p->flags |= PKT_ECHO;
+		} else if (h[0] == ICMP6_ECHO_REPLY) {
+			p->dport = *(__be16 *)(h + 4);
+			p->flags |= PKT_ECHO;
+		} else if (h[0] <= ICMP6_ERROR_MAX) {
+			p->flags |= PKT_ICMP_ERROR;
+		}
+		return 0;
+	}
+	}
+	return 0; /* other protocols have no ports and are one connection a pair of addresses */
+}
+
+#define MAX_EXTENSIONS 6
+
+struct ext_head {
+	__u8 next, len;
+	__be16 frag_off;
+	__be32 frag_id;
+};
+
+/* The headers between IPv6 and L4, once there are some: rare, so by copying helper. */
+static __noinline int parse_extensions(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 off = ETH_HLEN + sizeof(struct ipv6hdr);
+	__u8 next = p->proto;
+
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		struct ext_head h;
+
+		switch (next) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_FRAGMENT:
+		case IPPROTO_AH:
+			break;
+		default:
+			p->proto = next;
+			p->l4 = off;
+			return 0;
+		}
+		if (bpf_skb_load_bytes(skb, off, &h, sizeof(h)))
+			return DROP(p, DROP_IPV6_EXTENSION);
+		if (next == IPPROTO_FRAGMENT) {
+			p->flags |= PKT_FRAGMENT;
+			p->frag_id = h.frag_id;
+			if (h.frag_off & bpf_htons(0xfff8)) {
+				p->flags |= PKT_LATER;
+				p->proto = h.next;
+				p->l4 = off + sizeof(h);
+				return 0;
+			}
+			off += sizeof(h);
+		} else if (next == IPPROTO_AH) {
+			off += (h.len + 2) * 4;
+		} else {
+			off += (h.len + 1) * 8;
+		}
+		next = h.next;
+	}
+	return DROP(p, DROP_IPV6_EXTENSION);
+}
+
+#define HEADERS4 (ETH_HLEN + sizeof(struct iphdr))
+#define HEADERS6 (ETH_HLEN + sizeof(struct ipv6hdr))
+
+/* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6
+ * bytes are in the linear part. 0 or a drop reason. */
+static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
+{
+	__u32 want = v6 ? HEADERS6 : HEADERS4;
+	void *data, *end;
+
+	__builtin_memset(p, 0, sizeof(*p));
+	p->v6 = v6;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	if (unlikely(data + want + 20 > end)) {
+		/* Headers in page fragments, or a short packet: ask for all there is. */
+		bpf_skb_pull_data(skb, skb->len < want + 20 ? skb->len : want + 20);
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+	}
+	if (data + want > end)
+		return DROP(p, DROP_INVALID);
+	if (!v6) {
+		struct iphdr *ip = data + ETH_HLEN;
+		__u16 frag = ip->frag_off;
+
+		if (unlikely(ip->version != 4 || ip->ihl < 5))
+			return DROP(p, DROP_INVALID);
+		addr_from4(&p->src, ip->saddr);
+		addr_from4(&p->dst, ip->daddr);
+		p->proto = ip->protocol;
+		p->ttl = ip->ttl;
+		p->l3_len = bpf_ntohs(ip->tot_len);
+		p->l4 = ETH_HLEN + ip->ihl * 4;
+		if (unlikely(frag & bpf_htons(IPV4_MF | IPV4_OFFSET))) {
+			p->flags |= PKT_FRAGMENT;
+			p->frag_id = ip->id;
+			if (frag & bpf_htons(IPV4_OFFSET)) {
+				p->flags |= PKT_LATER;
+				return 0;
+			}
+		}
+		if (likely(ip->ihl == 5))
+			return parse_l4(skb, p, data + HEADERS4, end);
+	} else {
+		struct ipv6hdr *ip = data + ETH_HLEN;
+
+		if (unlikely(ip->version != 6))
+			return DROP(p, DROP_INVALID);
+		__builtin_memcpy(&p->src, &ip->saddr, 16);
+		__builtin_memcpy(&p->dst, &ip->daddr, 16);
+		p->proto = ip->nexthdr;
+		p->ttl = ip->hop_limit;
+		p->l3_len = bpf_ntohs(ip->payload_len) + sizeof(*ip);
+		p->l4 = HEADERS6;
+		switch (p->proto) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_FRAGMENT:
+		case IPPROTO_AH: {
+			int err = parse_extensions(skb, p);
+
+			if (err)
+				return err;
+			if (p->flags & PKT_LATER)
+				return 0;
+			break;
+		}
+		default:
+			return parse_l4(skb, p, data + HEADERS6, end);
+		}
+	}
+	/* Options or extension headers: L4 lies further back. */
+	p->flags |= PKT_EXTENSION;
+	{
+		__u8 head[sizeof(struct l4_head)] = {};
+
+		if (bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)) &&
+		    bpf_skb_load_bytes(skb, p->l4, head, 8))
+			return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP ? DROP(p, DROP_CT_INVALID) : 0;
+		return parse_l4(skb, p, head, head + sizeof(head));
+	}
+}
+
+#undef FILE_ID
+#endif

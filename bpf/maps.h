@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Every map, with its key and value. All are pinned below /sys/fs/bpf/lash/maps
+ * under their own names and outlive the agent. Addresses are 16 bytes in network
+ * order, IPv4 as ::ffff:a.b.c.d, so that both families share each map. */
+#ifndef LASH_MAPS_H
+#define LASH_MAPS_H
+
+#include "include/helpers.h"
+
+struct addr {
+	union {
+		__u8  b[16];
+		__u32 w[4];
+		__u64 d[2];
+	};
+};
+
+#include "config.h"
+
+struct mac {
+	__u8 b[6];
+};
+
+/* --- lash_runtime: the one row that the agent changes under running programs.
+ * Agent writes epoch; the clock program writes ticks; every program reads. */
+struct runtime {
+	__u32 epoch;     /* raised after every change; older decisions are made again */
+	__u32 pad;
+	__u64 ticks;     /* jiffies when the clock program last ran */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct runtime);
+} lash_runtime SEC(".maps");
+
+/* --- lash_endpoints: addresses that live on this node, pods' and the host's own.
+ * Agent writes with the endpoint's life; slow path reads. */
+enum endpoint_flags {
+	ENDPOINT_HOST = 1,       /* an address of the node itself: hand to the stack */
+};
+
+struct endpoint {
+	__u32 ifindex;           /* host side of the veth pair */
+	__u32 identity;
+	__u16 id;
+	__u16 flags;             /* enum endpoint_flags */
+	struct mac mac;          /* pod side */
+	struct mac node_mac;     /* host side */
+	__u8 pad[8];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct addr);
+	__type(value, struct endpoint);
+} lash_endpoints SEC(".maps");
+
+/* --- lash_ifaces: the endpoint behind a pod's device, for the source check and
+ * the gateway's ARP and ND answers. Agent writes before it attaches the device. */
+struct iface {
+	struct addr ip4;         /* zero: the endpoint has none */
+	struct addr ip6;
+	__u32 identity;
+	__u16 id;
+	struct mac mac;
+	struct mac node_mac;
+	__u8 pad[6];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct iface);
+} lash_ifaces SEC(".maps");
+
+/* --- lash_devices: the node's own devices towards the network. Agent writes;
+ * slow path reads for masquerading. */
+struct device {
+	struct addr ip4;         /* source address of masqueraded packets; zero: none */
+	struct addr ip6;
+	struct mac mac;
+	__u16 mtu;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 256);
+	__type(key, __u32);
+	__type(value, struct device);
+} lash_devices SEC(".maps");
+
+/* --- lash_ipcache: what an address is, cluster-wide, by longest prefix.
+ * Agent writes; slow path reads. */
+struct ipcache_key {
+	__u32 prefixlen;         /* of the 128 bits of addr */
+	struct addr addr;
+} __attribute__((packed, aligned(4)));
+
+struct ipcache_entry {
+	__u32 identity;
+	__u32 flags;
+	struct addr node;        /* the node that has it; zero: none or this one */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 512000);
+	__type(key, struct ipcache_key);
+	__type(value, struct ipcache_entry);
+} lash_ipcache SEC(".maps");
+
+/* --- lash_conn: one record a connection. The slow path creates and decides, the
+ * fast path follows and counts, the agent removes what has expired. Not an LRU:
+ * a live connection is never evicted to make room. */
+struct conn_key {
+	struct addr lo;          /* the smaller (address, port), compared as raw words */
+	struct addr hi;
+	__be16 lo_port;          /* ICMP echo: the identifier on the requester's side, 0 on the other */
+	__be16 hi_port;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+enum conn_action {
+	ACTION_NONE,
+	ACTION_PEER,             /* into the pod behind out_ifindex, skipping its host side */
+	ACTION_EGRESS,           /* out of out_ifindex with these MACs */
+	ACTION_HOST,             /* up the host's stack, through lash_host */
+	ACTION_PASS,             /* up the host's stack, from here */
+	ACTION_NEIGH,            /* never stored: out of out_ifindex, the kernel resolves the neighbour */
+};
+
+enum dir_flags {
+	DIR_TTL    = 1,          /* one hop: decrement TTL */
+	DIR_TO_NAT = 2,          /* the initiator's address becomes nat_addr:nat_port */
+	DIR_NO_NAT = 4,          /* nat_addr:nat_port becomes the initiator's address */
+};
+
+/* Where packets of a direction must arrive for its decision to hold: a pod's
+ * ifindex, or one of these. A packet elsewhere is decided anew, source check included. */
+enum conn_in {
+	IN_NETDEV = 0,
+	IN_HOST   = 0xffffffff,
+};
+
+struct conn_dir {
+	__u32 epoch;             /* of the decision; 0: none */
+	__u32 deadline;          /* ticks (low half); past it the route is looked up again */
+	__u32 in;                /* ifindex or enum conn_in */
+	__u32 out_ifindex;
+	__u8 action;             /* enum conn_action */
+	__u8 flags;              /* enum dir_flags */
+	__u16 mtu;               /* of the route; 0: no limit to check */
+	struct mac dmac;
+	struct mac smac;
+	__u64 packets;           /* plain increments: one direction is one CPU's, nearly always */
+	__u64 bytes;
+};
+
+enum conn_flags {
+	CONN_INITIATOR_HI = 1,   /* the initiator is the key's hi side */
+	CONN_NAT          = 2,   /* nat_addr, nat_port in force; lash_nat leads back here */
+	CONN_NO_NAT       = 4,   /* masquerading was considered and does not apply */
+};
+
+enum conn_state {
+	STATE_REPLIED    = 1,
+	STATE_FIN_ORIG   = 2,
+	STATE_FIN_REPLY  = 4,
+	STATE_CLOSED     = 8,    /* RST */
+	STATE_FIN_BOTH   = STATE_FIN_ORIG | STATE_FIN_REPLY,
+};
+
+struct conn {
+	struct conn_dir orig;    /* packets of the initiator */
+	struct conn_dir reply;
+	struct addr nat_addr;
+	__be16 nat_port;
+	__u8 flags;              /* enum conn_flags */
+	__u8 state;              /* enum conn_state */
+	__u32 expires;           /* ticks (low half) */
+	__u32 created;           /* ticks (low half) */
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 524288);
+	__type(key, struct conn_key);
+	__type(value, struct conn);
+} lash_conn SEC(".maps");
+
+/* --- lash_nat: the translated tuple of a masqueraded connection leads to its
+ * record. Written with the record, removed with it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct conn_key);
+	__type(value, struct conn_key);
+} lash_nat SEC(".maps");
+
+/* --- lash_frags: ports of a fragmented datagram, learned from its first
+ * fragment. Slow path only; old rows are evicted. */
+struct frag_key {
+	struct addr src;
+	struct addr dst;
+	__u32 id;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+struct frag_ports {
+	__be16 sport;
+	__be16 dport;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct frag_key);
+	__type(value, struct frag_ports);
+} lash_frags SEC(".maps");
+
+/* --- lash_services, lash_backends: frontends and their backends in slots
+ * 1..count. Agent writes slots before the count that uses them. */
+struct service_key {
+	struct addr addr;
+	__be16 port;
+	__u8 proto;
+	__u8 scope;              /* 0; other traffic policies later */
+	__u32 pad;
+};
+
+struct service {
+	__u32 id;
+	__u32 count;             /* backends; 0: connections are refused */
+	__u32 flags;
+	__u32 pad;
+};
+
+struct backend_key {
+	__u32 service;
+	__u32 slot;
+};
+
+struct backend {
+	struct addr addr;
+	__be16 port;
+	__u8 proto;
+	__u8 flags;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct service_key);
+	__type(value, struct service);
+} lash_services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct backend_key);
+	__type(value, struct backend);
+} lash_backends SEC(".maps");
+
+/* --- lash_sock_rev: which frontend a socket asked for, by the backend it got.
+ * sock programs write and read. */
+struct sock_rev_key {
+	__u64 cookie;
+	struct addr addr;        /* backend */
+	__be16 port;
+	__u8 pad[6];
+};
+
+struct sock_rev {
+	struct addr addr;        /* frontend */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sock_rev_key);
+	__type(value, struct sock_rev);
+} lash_sock_rev SEC(".maps");
+
+/* --- lash_drops: every drop, by reason, direction, line and file. */
+struct drop_key {
+	__u8 reason;             /* enum drop_reason */
+	__u8 dir;                /* enum hook */
+	__u16 line;
+	__u8 file;               /* enum file_id */
+	__u8 pad[3];
+};
+
+struct count {
+	__u64 packets;
+	__u64 bytes;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct drop_key);
+	__type(value, struct count);
+} lash_drops SEC(".maps");
+
+/* --- lash_counts: what each hook forwarded, and how often and why it took the
+ * slow path. Row = hook * COUNT_ROWS + enum slow_reason (0: the fast path). */
+enum hook {
+	HOOK_POD,                /* from_container */
+	HOOK_NETDEV,             /* from_netdev */
+	HOOK_HOST,               /* from_host */
+	HOOK_NETDEV_OUT,         /* to_netdev */
+	HOOK_POD_IN,             /* to_container */
+	HOOK_SOCK,
+	HOOKS,
+};
+
+enum slow_reason {
+	SLOW_NOT,                /* fast path */
+	SLOW_NEW,                /* no record yet */
+	SLOW_UNDECIDED,          /* this direction has no decision yet */
+	SLOW_EPOCH,              /* something changed since */
+	SLOW_DEADLINE,           /* the route is due for another look */
+	SLOW_ELSEWHERE,          /* arrived at another device than decided */
+	SLOW_REOPENED,           /* SYN on a closed connection */
+	SLOW_FRAGMENT,
+	SLOW_ICMP_ERROR,
+	SLOW_EXTENSION,          /* IPv6 extension headers, IPv4 options */
+	SLOW_TTL,                /* handed to the stack, which answers time exceeded */
+	SLOW_MTU,                /* handed to the stack, which fragments or answers */
+	SLOW_UNROUTED,           /* no route: handed to the stack, which answers */
+	SLOW_NEIGHBOUR,          /* sent by way of the kernel's neighbour table */
+	SLOW_MASQUERADE,         /* a reply to a masqueraded connection */
+	COUNT_ROWS,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, HOOKS * COUNT_ROWS);
+	__type(key, __u32);
+	__type(value, struct count);
+} lash_counts SEC(".maps");
+
+/* --- lash_scratch: one record's worth of memory a CPU, too big for the stack. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct conn);
+} lash_scratch SEC(".maps");
+
+#endif

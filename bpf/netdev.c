@@ -1,0 +1,263 @@
+//go:build ignore
+
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The node's devices towards the network. from_netdev (ingress): packets for pods go
+ * straight into them, replies to masqueraded connections are undone. to_netdev
+ * (egress): masquerading of pods' packets that came through the stack. */
+#include "lib/route.h"
+
+#define FILE_ID FILE_NETDEV
+
+/* for_pods: the destination may be a pod of this node. With one pod CIDR a family,
+ * known at load time, the node's own traffic is told apart without a lookup. */
+static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
+{
+	if (p->v6)
+		return !mask_set(cfg_pod6_mask) || addr_within(a, cfg_pod6_net, cfg_pod6_mask);
+	return !mask_set(cfg_pod4_mask) || addr_within(a, cfg_pod4_net, cfg_pod4_mask);
+}
+
+static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	struct conn_dir forth = {}, back = {};
+	__u32 epoch = current_epoch();
+	struct endpoint *ep, *src;
+	struct hop hop = {};
+	struct conn_key k;
+	struct conn_dir *d, *other;
+	struct conn *c;
+	bool from_hi, orig;
+	__u32 unused = 0;
+	int action, err = 0;
+
+	ep = endpoint_of(&p->dst);
+	if (!ep || (ep->flags & ENDPOINT_HOST))
+		return VERDICT_OK; /* the stack routes it, answers it, or knows that nobody has it */
+	src = endpoint_of(&p->src);
+	if (src && !(src->flags & ENDPOINT_HOST))
+		return DROP(p, DROP_INVALID_SOURCE); /* a pod of this node cannot come in from outside */
+	if (!cfg_host_routing)
+		return VERDICT_OK;
+	if (p->flags & PKT_FRAGMENT) {
+		err = fragment_ports(p);
+		if (err)
+			return err;
+	}
+	from_hi = pkt_key(&k, p);
+	c = conn_open(skb, p, &k, from_hi, &err);
+	if (!c)
+		return err;
+	orig = conn_from_initiator(c, from_hi);
+
+	/* Ingress policy comes in here. */
+
+	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
+	d = orig ? &c->orig : &c->reply;
+	other = orig ? &c->reply : &c->orig;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_NETDEV, why, skb->len);
+	dir_publish(d, &forth, epoch);
+	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
+	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
+		action = route(skb, p, true, &hop, &unused);
+		if (action == ACTION_EGRESS && bpf_map_lookup_elem(&lash_devices, &hop.ifindex)) {
+			decide_egress(&back, ep->ifindex, &hop, 0);
+			dir_publish(other, &back, epoch);
+		}
+	}
+	if (p->ttl <= 1) {
+		count(HOOK_NETDEV, SLOW_TTL, skb->len);
+		return VERDICT_OK;
+	}
+	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &p->dst, p->dport);
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
+}
+
+/* The record that a translated tuple leads to, its key in *k. */
+static __always_inline struct conn *nat_owner(const struct conn_key *translated, struct conn_key *k)
+{
+	struct conn_key *owner = bpf_map_lookup_elem(&lash_nat, translated);
+
+	if (!owner)
+		return NULL;
+	*k = *owner;
+	return bpf_map_lookup_elem(&lash_conn, k);
+}
+
+/* An ICMP error about a masqueraded packet belongs to the pod that sent it. */
+static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
+{
+	struct conn_key translated, k;
+	struct conn_dir forth = {};
+	struct endpoint *ep;
+	struct inner in;
+	struct conn *c;
+	struct addr pod;
+	__be16 port;
+	int err;
+
+	err = inner_parse(skb, p, &in);
+	if (err)
+		return VERDICT_OK;
+	conn_key(&translated, &in.src, in.sport, &in.dst, in.dport, in.proto);
+	c = nat_owner(&translated, &k);
+	if (!c)
+		return VERDICT_OK; /* about the node's own */
+	pod = c->flags & CONN_INITIATOR_HI ? k.hi : k.lo;
+	port = c->flags & CONN_INITIATOR_HI ? k.hi_port : k.lo_port;
+	ep = endpoint_of(&pod);
+	if (!ep)
+		return DROP(p, DROP_UNROUTABLE);
+	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
+	err = icmp_translate(skb, p, &in, true, &pod, port);
+	if (err)
+		return err;
+	count(HOOK_NETDEV, SLOW_ICMP_ERROR, skb->len);
+	if (!cfg_host_routing)
+		return VERDICT_OK;
+	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &pod, port);
+	return err == -1 ? DROP(p, DROP_WRITE) : err;
+}
+
+/* A packet to the node itself, which may answer a masqueraded one. */
+static __always_inline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
+{
+	struct conn_key translated, k;
+	struct addr pod;
+	struct conn *c;
+	__be16 pod_port;
+	__u16 port;
+	int verdict;
+
+	if (p->flags & PKT_ICMP_ERROR)
+		return from_netdev_error(skb, p);
+	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
+		return VERDICT_OK;
+	port = bpf_ntohs(p->dport);
+	if (p->proto == IPPROTO_ICMP || p->proto == IPPROTO_ICMPV6) {
+		if (!(p->flags & PKT_ECHO) || !p->dport)
+			return VERDICT_OK;
+	} else if ((p->flags & PKT_PORTS || p->flags & PKT_LATER) && (port < cfg_snat_min || port > cfg_snat_max) &&
+		   p->proto != IPPROTO_SCTP) {
+		return VERDICT_OK;
+	}
+	pkt_key(&translated, p);
+	c = nat_owner(&translated, &k);
+	if (!c)
+		return VERDICT_OK;
+	pod = c->flags & CONN_INITIATOR_HI ? k.hi : k.lo;
+	pod_port = c->flags & CONN_INITIATOR_HI ? k.hi_port : k.lo_port;
+	if (c->reply.epoch != current_epoch() || c->reply.in != IN_NETDEV || p->ttl <= 1 || !cfg_host_routing) {
+		struct endpoint *ep = endpoint_of(&pod);
+		struct conn_dir forth = {};
+
+		if (!ep)
+			return DROP(p, DROP_UNROUTABLE);
+		if (cfg_host_routing && p->ttl > 1)
+			decide_pod(&forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
+		else /* the stack delivers it, or answers that its time is exceeded */
+			decide_stack(&forth, IN_NETDEV, ACTION_PASS, 0);
+		forth.flags |= DIR_NO_NAT;
+		count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
+		conn_see(c, &c->reply, p, false, skb->len, ticks());
+		dir_publish(&c->reply, &forth, forth.action == ACTION_PASS ? 0 : current_epoch());
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, &forth, &pod, pod_port);
+	} else {
+		count(HOOK_NETDEV, SLOW_NOT, skb->len);
+		conn_see(c, &c->reply, p, false, skb->len, ticks());
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, &pod, pod_port);
+	}
+	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
+}
+
+SEC("tc")
+int from_netdev(struct __sk_buff *skb)
+{
+	enum slow_reason why = SLOW_NEW;
+	struct pkt p;
+	int verdict;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		verdict = parse(skb, &p, false);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		verdict = parse(skb, &p, true);
+	else
+		return VERDICT_OK;
+	if (verdict)
+		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
+
+	/* NodePort, LoadBalancer and external addresses come in here. */
+
+	if (for_pods(&p, &p.dst)) {
+		verdict = cfg_host_routing ? conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why) : NOT_FAST;
+		if (verdict == NOT_FAST)
+			verdict = from_netdev_slow(skb, &p, why);
+		/* Without a pod CIDR to go by, the node's own addresses come here too. */
+		if (verdict == VERDICT_OK && !mask_set(cfg_pod4_mask) && !mask_set(cfg_pod6_mask))
+			verdict = from_netdev_nat(skb, &p);
+	} else {
+		verdict = from_netdev_nat(skb, &p);
+	}
+	return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV, verdict) : verdict;
+}
+
+static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 out = skb->ifindex;
+	struct endpoint *ep;
+	struct device *dev;
+	struct conn_key k;
+	struct conn *c;
+	bool from_hi;
+	int err = 0;
+
+	ep = endpoint_of(&p->src);
+	dev = bpf_map_lookup_elem(&lash_devices, &out);
+	if (!ep || (ep->flags & ENDPOINT_HOST) || !dev)
+		return VERDICT_OK;
+	if (p->flags & PKT_FRAGMENT) {
+		err = fragment_ports(p);
+		if (err)
+			return err;
+	}
+	from_hi = pkt_key(&k, p);
+	c = conn_open(skb, p, &k, from_hi, &err);
+	if (!c)
+		return err;
+	if (!conn_from_initiator(c, from_hi))
+		return VERDICT_OK;
+	err = masquerade(skb, p, &k, c, dev);
+	if (err)
+		return err;
+	c->expires = ticks() + conn_lifetime(c, p->proto);
+	count(HOOK_NETDEV_OUT, c->flags & CONN_NAT ? SLOW_MASQUERADE : SLOW_NOT, skb->len);
+	if (!(c->flags & CONN_NAT))
+		return VERDICT_OK;
+	if (nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port))
+		return DROP(p, DROP_WRITE);
+	return VERDICT_OK;
+}
+
+SEC("tc")
+int to_netdev(struct __sk_buff *skb)
+{
+	struct pkt p;
+	int verdict;
+
+	if (likely((skb->mark & MARK_MASK) == MARK_DONE))
+		return VERDICT_OK;
+	if (!cfg_masquerade4 && !cfg_masquerade6)
+		return VERDICT_OK;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		verdict = parse(skb, &p, false);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		verdict = parse(skb, &p, true);
+	else
+		return VERDICT_OK;
+	if (verdict || !for_pods(&p, &p.src))
+		return VERDICT_OK;
+	verdict = to_netdev_slow(skb, &p);
+	return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV_OUT, verdict) : verdict;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,262 @@
+//go:build ignore
+
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The host side of every pod's veth pair. from_container (ingress): what the pod
+ * sends. to_container (egress): what the stack and from_host deliver to it. */
+#include "lib/route.h"
+#include "lib/neigh.h"
+
+#define FILE_ID FILE_POD
+
+/* The far side of what a pod sends: a pod here, the host, or somewhere by route.
+ * Decides both directions in *orig and *reply as the initiator and its peer see
+ * them; reversed: this packet is the peer's. Returns the action for this packet. */
+struct plan {
+	struct conn_dir forth;   /* the packet's own direction */
+	struct conn_dir back;
+	struct hop hop;
+	__u32 why;
+};
+
+static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, struct plan *plan,
+				      const struct iface *iface, struct conn_key *k, struct conn *c, bool orig)
+{
+	__u32 in = skb->ifindex;
+	struct device *dev;
+	int action;
+
+	action = route(skb, p, false, &plan->hop, &plan->why);
+	if (action < 0)
+		return action;
+	if (!cfg_host_routing) {
+		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
+		return ACTION_HOST;
+	}
+	if (action == ACTION_HOST) {
+		decide_stack(&plan->forth, in, ACTION_HOST, 0);
+		return ACTION_HOST;
+	}
+	/* A device that Lash does not manage belongs to somebody whose hooks are in the stack. */
+	dev = bpf_map_lookup_elem(&lash_devices, &plan->hop.ifindex);
+	if (!dev) {
+		plan->why = SLOW_UNROUTED;
+		decide_stack(&plan->forth, in, ACTION_HOST, cfg_hz);
+		return ACTION_HOST;
+	}
+	if (orig) {
+		int err = masquerade(skb, p, k, c, dev);
+
+		if (err)
+			return err;
+	}
+	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
+	/* The answer comes in by the network and goes straight into this pod. */
+	plan->back.in = IN_NETDEV;
+	plan->back.action = ACTION_PEER;
+	plan->back.flags = DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0);
+	plan->back.out_ifindex = in;
+	plan->back.dmac = iface->mac;
+	plan->back.smac = iface->node_mac;
+	plan->back.deadline = ticks() + FOREVER;
+	return action;
+}
+
+/* A pod's report about what reached it by way of a masqueraded connection. */
+static __always_inline int translate_report(struct __sk_buff *skb, struct pkt *p)
+{
+	struct conn_key k;
+	struct inner in;
+	struct conn *c;
+	bool from_hi;
+	int err;
+
+	err = inner_parse(skb, p, &in);
+	if (err)
+		return err;
+	from_hi = conn_key(&k, &in.src, in.sport, &in.dst, in.dport, in.proto);
+	c = bpf_map_lookup_elem(&lash_conn, &k);
+	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
+		return 0;
+	return icmp_translate(skb, p, &in, false, &c->nat_addr, c->nat_port);
+}
+
+static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	__u32 in = skb->ifindex;
+	struct plan plan = { .why = why };
+	struct endpoint *ep;
+	struct iface *iface;
+	struct conn_key k;
+	struct conn_dir *d;
+	struct conn *c;
+	bool from_hi, orig;
+	__u32 epoch = current_epoch();
+	int action, err = 0;
+
+	/* Who is it? Nobody sends under another's address. */
+	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
+	if (!iface)
+		return DROP(p, DROP_NO_ENDPOINT);
+	if (!addr_equal(&p->src, p->v6 ? &iface->ip6 : &iface->ip4))
+		return DROP(p, DROP_INVALID_SOURCE);
+	if (p->flags & PKT_FRAGMENT) {
+		err = fragment_ports(p);
+		if (err)
+			return err;
+	}
+	if ((p->flags & PKT_ICMP_ERROR) && !(p->flags & PKT_LATER)) {
+		err = translate_report(skb, p);
+		if (err)
+			return err;
+	}
+
+	/* Services that the socket hook could not translate come in here. */
+
+	/* The connection. */
+	from_hi = pkt_key(&k, p);
+	c = conn_open(skb, p, &k, from_hi, &err);
+	if (!c)
+		return err;
+	orig = conn_from_initiator(c, from_hi);
+
+	/* Egress policy, and ingress policy for a destination on this node, come in here. */
+
+	/* The way. */
+	ep = endpoint_of(&p->dst);
+	if (ep && !(ep->flags & ENDPOINT_HOST)) {
+		decide_pod(&plan.forth, in, ep, DIR_TTL);
+		plan.back.in = ep->ifindex;
+		plan.back.action = ACTION_PEER;
+		plan.back.flags = DIR_TTL;
+		plan.back.out_ifindex = in;
+		plan.back.dmac = iface->mac;
+		plan.back.smac = iface->node_mac;
+		plan.back.deadline = ticks() + FOREVER;
+		action = ACTION_PEER;
+	} else if (ep) {
+		decide_stack(&plan.forth, in, ACTION_HOST, FOREVER);
+		plan.back.in = IN_HOST;
+		plan.back.action = ACTION_PEER;
+		plan.back.out_ifindex = in;
+		plan.back.dmac = iface->mac;
+		plan.back.smac = iface->node_mac;
+		plan.back.deadline = ticks() + FOREVER;
+		action = ACTION_HOST;
+	} else {
+		action = plan_route(skb, p, &plan, iface, &k, c, orig);
+		if (action < 0)
+			return action;
+	}
+	d = orig ? &c->orig : &c->reply;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_POD, plan.why, skb->len);
+
+	/* A neighbour that is not known is found by the packet itself, and one that is
+	 * known is checked again each time the route is. Neither is remembered half. */
+	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
+		if (p->ttl <= 1 || too_big(skb, p, plan.hop.mtu ?: 0xffff))
+			return to_host(skb, p);
+		if (action == ACTION_EGRESS)
+			dir_publish(d, &plan.forth, epoch);
+		if (plan.forth.flags & DIR_TO_NAT && nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port))
+			return DROP(p, DROP_WRITE);
+		err = by_neighbour(skb, p, &plan.hop);
+		return err == -1 ? DROP(p, DROP_WRITE) : err;
+	}
+	dir_publish(d, &plan.forth, epoch);
+	if (plan.back.action && !(p->flags & PKT_ICMP_ERROR))
+		dir_publish(orig ? &c->reply : &c->orig, &plan.back, epoch);
+	/* What the stack answers better: time exceeded, fragmentation needed. */
+	if (action != ACTION_HOST &&
+	    ((p->ttl <= 1 && (plan.forth.flags & DIR_TTL)) || (plan.forth.mtu && too_big(skb, p, plan.forth.mtu)))) {
+		count(HOOK_POD, p->ttl <= 1 ? SLOW_TTL : SLOW_MTU, skb->len);
+		action = to_host(skb, p);
+		return action == -1 ? DROP(p, DROP_WRITE) : action;
+	}
+	action = carry_out(skb, p, HOOK_POD, c, &plan.forth, &p->dst, p->dport);
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
+}
+
+static __always_inline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bool *done)
+{
+	__u32 in = skb->ifindex;
+	struct iface *iface;
+
+	if (p->icmp_type < ICMP6_RS || p->icmp_type > ICMP6_REDIRECT) {
+		if (p->icmp_type != ICMP6_MLD2 && p->icmp_type != 131 && p->icmp_type != 132)
+			return 0;
+		*done = true;
+		return VERDICT_DROP; /* membership reports: there is nobody to hear them, and nothing is lost */
+	}
+	*done = true;
+	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
+	if (p->icmp_type == ICMP6_NS && iface && answer_nd(skb, iface)) {
+		note(skb, in, ACTION_EGRESS);
+		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+		return bpf_redirect(in, 0);
+	}
+	if (p->icmp_type == ICMP6_REDIRECT)
+		return DROP(p, DROP_ICMPV6);
+	return VERDICT_DROP; /* solicitations for others (duplicate address detection): no answer is the answer */
+}
+
+SEC("tc")
+int from_container(struct __sk_buff *skb)
+{
+	enum slow_reason why = SLOW_NEW;
+	__u32 in = skb->ifindex;
+	struct pkt p;
+	int verdict;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		verdict = parse(skb, &p, false);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		verdict = parse(skb, &p, true);
+		if (!verdict && unlikely(p.proto == IPPROTO_ICMPV6)) {
+			bool done = false;
+
+			verdict = from_container_nd(skb, &p, &done);
+			if (done && verdict >= VERDICT_NEXT)
+				return verdict;
+		}
+	} else if (skb->protocol == bpf_htons(ETH_P_ARP)) {
+		struct iface *iface = bpf_map_lookup_elem(&lash_ifaces, &in);
+
+		if (!iface || !answer_arp(skb, iface))
+			return VERDICT_DROP; /* for somebody who does not exist here: silence */
+		note(skb, in, ACTION_EGRESS);
+		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+		return bpf_redirect(in, 0);
+	} else {
+		__builtin_memset(&p, 0, sizeof(p));
+		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
+	}
+	if (!verdict) {
+		verdict = conn_fast(skb, &p, HOOK_POD, in, &why);
+		if (verdict == NOT_FAST)
+			verdict = from_container_slow(skb, &p, why);
+	}
+	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
+}
+
+/* Ingress policy for what the stack delivers comes in here. */
+SEC("tc")
+int to_container(struct __sk_buff *skb)
+{
+	count(HOOK_POD_IN, SLOW_NOT, skb->len);
+	return VERDICT_OK;
+}
+
+/* clock tells the agent the kernel's ticks, which are the unit of every deadline. */
+SEC("tc")
+int clock(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct runtime *rt = bpf_map_lookup_elem(&lash_runtime, &zero);
+
+	if (rt)
+		rt->ticks = bpf_jiffies64();
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// renamed maps old names of keys to their present ones; the value is taken over unless values below translates it.
+var renamed = map[string]string{
+	"tunnel":                      "routing-mode",
+	"native-routing-cidr":         "ipv4-native-routing-cidr",
+	"masquerade":                  "enable-ipv4-masquerade",
+	"device":                      "devices",
+	"bpf-ct-global-tcp-max":       "bpf-ct-max",
+	"bpf-lb-service-map-max":      "bpf-lb-map-max",
+	"monitor-aggregation-level":   "monitor-aggregation",
+	"kube-proxy-replacement-mode": "kube-proxy-replacement",
+	"cni-log-file":                "",
+}
+
+// values maps old values, by present key, to present ones.
+var values = map[string]map[string]string{
+	"routing-mode":           {"disabled": "native", "vxlan": "tunnel", "geneve": "tunnel"},
+	"kube-proxy-replacement": {"strict": "true", "probe": "true", "partial": "true", "disabled": "false"},
+	"ipam":                   {"cluster-pool-v2beta": "cluster-pool", "hostscope-legacy": "kubernetes"},
+	"monitor-aggregation":    {"lowest": "low", "max": "maximum"},
+}
+
+// absent lists keys of features this version does not have, with the values that leave the feature off. They are
+// accepted then, so that an existing ConfigMap can be used; any other value is refused.
+var absent = map[string][]string{
+	"tunnel-protocol":                 {"", "vxlan"},
+	"tunnel-port":                     {"", "0", "8472"},
+	"enable-endpoint-routes":          {"false"},
+	"enable-ip-masq-agent":            {"false"},
+	"egress-masquerade-interfaces":    {""},
+	"enable-wireguard":                {"false"},
+	"enable-ipsec":                    {"false"},
+	"encrypt-node":                    {"false"},
+	"enable-host-firewall":            {"false"},
+	"enable-hubble":                   {"false"},
+	"enable-l7-proxy":                 {"false"},
+	"enable-bandwidth-manager":        {"false"},
+	"enable-bbr":                      {"false"},
+	"enable-ipv4-big-tcp":             {"false"},
+	"enable-ipv6-big-tcp":             {"false"},
+	"enable-local-redirect-policy":    {"false"},
+	"enable-egress-gateway":           {"false"},
+	"enable-l2-announcements":         {"false"},
+	"enable-bgp-control-plane":        {"false"},
+	"enable-gateway-api":              {"false"},
+	"enable-ingress-controller":       {"false"},
+	"enable-cilium-endpoint-slice":    {"false"},
+	"enable-endpoint-health-checking": {"false"},
+	"enable-health-checking":          {"false"},
+	"enable-srv6":                     {"false"},
+	"enable-k8s-networkpolicy":        {"false"},
+	"enable-policy":                   {"never"},
+	"policy-audit-mode":               {"false"},
+	"identity-allocation-mode":        {"crd"},
+	"cni-chaining-mode":               {"", "none"},
+	"custom-cni-conf":                 {"false"},
+	"bpf-lb-sock":                     {"true"},
+	"bpf-lb-sock-hostns-only":         {"false"},
+	"bpf-lb-mode":                     {"snat"},
+	"bpf-lb-algorithm":                {"random"},
+	"bpf-lb-acceleration":             {"disabled"},
+	"bpf-distributed-lru":             {"false"},
+	"prometheus-serve-addr":           {""},
+	"operator-prometheus-serve-addr":  {""},
+	"hubble-metrics":                  {""},
+}
+
+// meaningless lists keys whose purpose does not arise here, with the reason. They are accepted with a note.
+var meaningless = map[string]string{
+	"bpf-ct-global-any-max":               "one map holds the connections of every protocol: see bpf-ct-max",
+	"bpf-nat-global-max":                  "translations are kept in the connection's own record: see bpf-ct-max",
+	"bpf-neigh-global-max":                "the kernel's own neighbour table is used",
+	"bpf-map-dynamic-size-ratio":          "maps have the sizes that are configured: see bpf-ct-max and bpf-lb-map-max",
+	"bpf-policy-map-max":                  "network policy is not part of this version",
+	"preallocate-bpf-maps":                "maps are allocated as their kind requires",
+	"monitor-aggregation-interval":        "events follow decisions, not a timer: see monitor-aggregation",
+	"monitor-aggregation-flags":           "events follow decisions, not TCP flags: see monitor-aggregation",
+	"enable-node-port":                    "it is part of kube-proxy-replacement",
+	"enable-host-reachable-services":      "it is part of kube-proxy-replacement",
+	"enable-host-port":                    "it is part of kube-proxy-replacement",
+	"enable-external-ips":                 "it is part of kube-proxy-replacement",
+	"enable-xt-socket-fallback":           "there is no proxy to fall back for",
+	"install-iptables-rules":              "no iptables rules are installed",
+	"sidecar-istio-proxy-image":           "there is no proxy",
+	"enable-auto-protect-node-port-range": "masquerading always keeps out of node-port-range",
+	"node-port-bind-protection":           "masquerading always keeps out of node-port-range",
+	"set-cilium-node-taints":              "the node keeps the taint it was created with until the agent is ready",
+	"remove-cilium-node-taints":           "the agent always removes the taint when it is ready",
+	"write-cni-conf-when-ready":           "the CNI configuration is always written when the agent is ready: see cni-conf-dir",
+	"labels":                              "security-relevant labels are not selectable in this version",
+}
+
+// translate turns an old spelling into the present one. It returns an empty key for a setting that has no effect.
+func translate(s setting) (out setting, note string, err error) {
+	if why, ok := meaningless[s.key]; ok {
+		return setting{}, fmt.Sprintf("%s=%q (%s) has no effect: %s", s.key, s.value, s.source, why), nil
+	}
+	if off, ok := absent[s.key]; ok {
+		if slices.Contains(off, strings.TrimSpace(s.value)) {
+			return setting{}, "", nil
+		}
+		return setting{}, "", &Error{s.key, s.value, s.source, fmt.Sprintf("not supported by this version: remove it or set it to %s", quoted(off))}
+	}
+	out = s
+	if now, ok := renamed[s.key]; ok {
+		if now == "" {
+			return setting{}, fmt.Sprintf("%s=%q (%s) has no effect", s.key, s.value, s.source), nil
+		}
+		out.key = now
+	}
+	if v, ok := values[out.key][strings.ToLower(strings.TrimSpace(s.value))]; ok {
+		out.value = v
+	}
+	if out.key == "routing-mode" && out.value == "tunnel" {
+		return setting{}, "", &Error{s.key, s.value, s.source,
+			"not supported by this version, which routes natively: set routing-mode to native and, if all nodes share a link, auto-direct-node-routes to true"}
+	}
+	if out.key != s.key || out.value != s.value {
+		note = fmt.Sprintf("%s=%q (%s) is an old spelling: it became %s=%q", s.key, s.value, s.source, out.key, out.value)
+	}
+	return out, note, nil
+}
+
+func quoted(values []string) string {
+	var q []string
+	for _, v := range values {
+		q = append(q, fmt.Sprintf("%q", v))
+	}
+	return anyOf(q)
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Config holds every setting. The tags are its documentation: key is the name in the ConfigMap and of the flag,
+// default the value when nobody sets it, doc the sentence in the reference, one-of the values allowed.
+//
+// The names are those the field's users already know; see docs/reference/configuration.md.
+type Config struct {
+	// Address families and routing.
+	EnableIPv4                bool           `key:"enable-ipv4" default:"true" section:"Routing" doc:"Give pods IPv4 addresses and forward IPv4."`
+	EnableIPv6                bool           `key:"enable-ipv6" default:"false" section:"Routing" doc:"Give pods IPv6 addresses and forward IPv6. The nodes need IPv6 addresses; 'lash install' turns it on when they have them."`
+	RoutingMode               string         `key:"routing-mode" default:"native" one-of:"native" section:"Routing" doc:"How packets reach pods on other nodes. native: the network or routes on the nodes carry pod addresses."`
+	AutoDirectNodeRoutes      bool           `key:"auto-direct-node-routes" default:"true" section:"Routing" doc:"Install one route a node to the pod CIDRs of every node on the same link."`
+	DirectRoutingSkipUnreach  bool           `key:"direct-routing-skip-unreachable" default:"false" section:"Routing" doc:"Say nothing about nodes that are not on the same link; otherwise each is an error in 'lash status'."`
+	IPv4NativeRoutingCIDR     netip.Prefix   `key:"ipv4-native-routing-cidr" default:"" section:"Routing" doc:"IPv4 destinations the network routes without translation; packets to them are never masqueraded. Empty: the IPv4 pod CIDRs of the cluster."`
+	IPv6NativeRoutingCIDR     netip.Prefix   `key:"ipv6-native-routing-cidr" default:"" section:"Routing" doc:"The same for IPv6."`
+	EnableHostLegacyRouting   bool           `key:"enable-host-legacy-routing" default:"false" section:"Routing" doc:"Send packets through the host's IP stack and netfilter even where BPF host routing is possible."`
+	MTU                       int            `key:"mtu" default:"0" section:"Routing" doc:"MTU of pod interfaces and routes in bytes. 0: the smallest MTU of the detected devices."`
+	Devices                   []string       `key:"devices" default:"" section:"Routing" doc:"Network devices that carry traffic of the cluster and to the outside, separated by commas; a trailing + matches a prefix. Empty: detected from the routing table."`
+	DirectRoutingDevice       string         `key:"direct-routing-device" default:"" section:"Routing" doc:"The device on which nodes reach each other. Empty: the one that has the node's InternalIP."`
+	EnableIPv4Masquerade      bool           `key:"enable-ipv4-masquerade" default:"true" section:"Masquerading" doc:"Give IPv4 packets that leave the cluster the address of the node."`
+	EnableIPv6Masquerade      bool           `key:"enable-ipv6-masquerade" default:"true" section:"Masquerading" doc:"Give IPv6 packets that leave the cluster the address of the node."`
+	EnableBPFMasquerade       bool           `key:"enable-bpf-masquerade" default:"true" section:"Masquerading" doc:"Masquerade in BPF. BPF host routing requires it."`
+	KubeProxyReplacement      bool           `key:"kube-proxy-replacement" default:"true" section:"Services" doc:"Implement Kubernetes services instead of kube-proxy. BPF host routing requires it."`
+	NodePortRange             PortRange      `key:"node-port-range" default:"30000-32767" section:"Services" doc:"Ports the API server hands out to NodePort services; masquerading keeps out of them."`
+	BPFLBMapMax               int            `key:"bpf-lb-map-max" default:"65536" section:"Services" doc:"Rows of the service maps, from 256 to 16777216."`
+	IPAM                      string         `key:"ipam" default:"cluster-pool" one-of:"cluster-pool,kubernetes" section:"IPAM" doc:"Who cuts the pod CIDR of a node. cluster-pool: the operator, out of the pools below. kubernetes: the controller manager (Node.spec.podCIDRs)."`
+	ClusterPoolIPv4CIDR       []netip.Prefix `key:"cluster-pool-ipv4-cidr" default:"10.0.0.0/8" section:"IPAM" doc:"IPv4 pools for cluster-pool, separated by commas or spaces. They must not contain addresses of nodes or services."`
+	ClusterPoolIPv4MaskSize   int            `key:"cluster-pool-ipv4-mask-size" default:"24" section:"IPAM" doc:"Prefix length of the IPv4 pod CIDR of a node."`
+	ClusterPoolIPv6CIDR       []netip.Prefix `key:"cluster-pool-ipv6-cidr" default:"fd00::/104" section:"IPAM" doc:"IPv6 pools for cluster-pool, separated by commas or spaces."`
+	ClusterPoolIPv6MaskSize   int            `key:"cluster-pool-ipv6-mask-size" default:"120" section:"IPAM" doc:"Prefix length of the IPv6 pod CIDR of a node."`
+	NodesGCInterval           time.Duration  `key:"nodes-gc-interval" default:"30s" section:"IPAM" doc:"How long a CiliumNode may outlive its Node before the operator deletes it and frees its pod CIDRs. 0s: never."`
+	ClusterName               string         `key:"cluster-name" default:"default" section:"Cluster" doc:"Name of the cluster, the label io.cilium.k8s.policy.cluster of every pod."`
+	ClusterID                 int            `key:"cluster-id" default:"0" section:"Cluster" doc:"Number of the cluster among connected ones, 0 to 255; 0 if it stands alone."`
+	K8sKubeConfigPath         string         `key:"k8s-kubeconfig-path" default:"" section:"Cluster" doc:"Kubeconfig for the API server. Empty: the service account of the pod, with KUBERNETES_SERVICE_HOST and _PORT."`
+	AgentNotReadyTaintKey     string         `key:"agent-not-ready-taint-key" default:"node.cilium.io/agent-not-ready" section:"Cluster" doc:"Taint that keeps pods off a node until the agent is ready; the agent removes it."`
+	UnmanagedPodWatcherPeriod time.Duration  `key:"unmanaged-pod-watcher-interval" default:"15s" section:"Cluster" doc:"How often to look for pods of the node that Lash does not manage. 0s: never."`
+	CNIExclusive              bool           `key:"cni-exclusive" default:"false" section:"CNI" doc:"Rename the configurations of other CNI plugins to *.lash_bak, so that only Lash is used."`
+	CNIConfDir                string         `key:"cni-conf-dir" default:"/etc/cni/net.d" section:"CNI" doc:"Directory for 05-lash.conflist."`
+	CNIBinDir                 string         `key:"cni-bin-dir" default:"/opt/cni/bin" section:"CNI" doc:"Directory for the plugin lash-cni."`
+	DatapathMode              string         `key:"datapath-mode" default:"veth" one-of:"veth" section:"Datapath" doc:"Kind of the device that connects a pod to its node."`
+	EnableTCX                 bool           `key:"enable-tcx" default:"true" section:"Datapath" doc:"Attach programs by tcx links where the kernel has them (6.6); otherwise, and when false, by clsact filters."`
+	BPFCTMax                  int            `key:"bpf-ct-max" default:"524288" section:"Datapath" doc:"Connections the node can track, from 1024 to 16777216."`
+	MonitorAggregation        string         `key:"monitor-aggregation" default:"medium" one-of:"none,low,medium,maximum" section:"Datapath" doc:"Which packets of an established connection cause events. none: all of them."`
+	BPFRoot                   string         `key:"bpf-root" default:"/sys/fs/bpf" section:"Datapath" doc:"Mount point of the BPF file system; maps and links are pinned in its directory lash."`
+	CgroupRoot                string         `key:"cgroup-root" default:"" section:"Datapath" doc:"Control group (version 2) for the socket programs. Empty: the root of the mounted hierarchy as the agent sees it."`
+	Debug                     bool           `key:"debug" default:"false" section:"Agent" doc:"Log details."`
+	DebugVerbose              []string       `key:"debug-verbose" default:"" section:"Agent" doc:"Parts that log still more, separated by commas or spaces. datapath: debug events of the BPF programs."`
+	AgentHealthPort           int            `key:"agent-health-port" default:"9879" section:"Agent" doc:"Port of the agent's /healthz on 127.0.0.1."`
+	OperatorAPIServeAddr      string         `key:"operator-api-serve-addr" default:"127.0.0.1:9234" section:"Agent" doc:"Address and port of the operator's /healthz."`
+	StateDir                  string         `key:"state-dir" default:"/var/run/lash/state" section:"Agent" doc:"Directory for the checkpoints of endpoints."`
+	SocketPath                string         `key:"socket-path" default:"/var/run/lash/lash.sock" section:"Agent" doc:"Socket of the agent's API, which the lash command uses."`
+	CNISocketPath             string         `key:"cni-socket-path" default:"/var/run/lash/cni.sock" section:"Agent" doc:"Socket the CNI plugin talks to."`
+
+	sources map[string]Source
+	notes   []string
+}
+
+// PortRange is an inclusive range of ports, First <= Last.
+type PortRange struct{ First, Last uint16 }
+
+// Source says where the value of a key comes from.
+type Source struct {
+	Kind string // "default", "file" or "flag"
+	Name string // the file's path, or the flag as given; empty for a default
+}
+
+func (s Source) String() string {
+	if s.Name == "" {
+		return s.Kind
+	}
+	return s.Kind + " " + s.Name
+}
+
+// Default returns the configuration nobody touched. It is valid.
+func Default() *Config {
+	c := &Config{sources: map[string]Source{}}
+	for _, o := range options() {
+		if err := o.set(c, o.Default); err != nil {
+			panic("config: default of " + o.Key + ": " + err.Error()) // a wrong tag above; any test finds it
+		}
+		c.sources[o.Key] = Source{Kind: "default"}
+	}
+	return c
+}
+
+// Source returns where the value of key comes from; the zero Source if there is no such key.
+func (c *Config) Source(key string) Source { return c.sources[key] }
+
+// Notes returns what the user should know about the configuration though it is valid: old spellings and what they
+// became, keys without meaning here, values that are suspicious together.
+func (c *Config) Notes() []string { return c.notes }
+
+// Dump returns one line a key in the form the field's agents print at start: --enable-ipv4='true', sorted by key.
+func (c *Config) Dump() []string {
+	var lines []string
+	for _, o := range optionsByKey() {
+		lines = append(lines, "--"+o.Key+"='"+o.get(c)+"'")
+	}
+	return lines
+}
+
+// Get returns the value of key in the form it is written in the ConfigMap, and whether there is such a key.
+func (c *Config) Get(key string) (string, bool) {
+	o, ok := lookup(key)
+	if !ok {
+		return "", false
+	}
+	return o.get(c), true
+}
+
+// MasqueradeExclusion returns the destinations that are not masqueraded: the native routing CIDR of the family if
+// set, else the pools of cluster-pool, else nothing (the caller adds the pod CIDRs it knows).
+func (c *Config) MasqueradeExclusion(ipv6 bool) []netip.Prefix {
+	cidr, pools := c.IPv4NativeRoutingCIDR, c.ClusterPoolIPv4CIDR
+	if ipv6 {
+		cidr, pools = c.IPv6NativeRoutingCIDR, c.ClusterPoolIPv6CIDR
+	}
+	switch {
+	case cidr.IsValid():
+		return []netip.Prefix{cidr}
+	case c.IPAM == "cluster-pool":
+		return pools
+	}
+	return nil
+}

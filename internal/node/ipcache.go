@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// Sources of ipcache rows.
+const (
+	sourceReserved = "reserved"
+	sourceNode     = "node"
+	sourceEndpoint = "endpoint"
+)
+
+// IPCache returns who is behind which prefix, sorted: this node's addresses are the host, other nodes' addresses
+// remote nodes, this node's pods their identities; other nodes' pod CIDRs are the world behind that node until a pod
+// is known better, and everything else is the world. Of two claims to one prefix this node's wins, then the first by
+// name.
+func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint) []state.IPCache {
+	rows := map[netip.Prefix]state.IPCache{}
+	add := func(p netip.Prefix, id model.Identity, node netip.Addr, source string) {
+		if !p.IsValid() || !cfg.family(p.Addr()) {
+			return
+		}
+		if _, ok := rows[p]; !ok {
+			rows[p] = state.IPCache{Prefix: p, IPCacheEntry: model.IPCacheEntry{Identity: id, Node: node, Source: source}}
+		}
+	}
+	for _, n := range nodes {
+		if !n.Local {
+			continue
+		}
+		for _, a := range append(slices.Clone(n.Addrs), n.Routers...) {
+			add(single(a), model.IdentityHost, netip.Addr{}, sourceNode)
+		}
+	}
+	for _, d := range devices {
+		for _, p := range d.Addrs {
+			add(single(p.Addr()), model.IdentityHost, netip.Addr{}, sourceNode)
+		}
+	}
+	for _, ep := range endpoints {
+		if ep.State == model.EndpointDeleting {
+			continue
+		}
+		for _, a := range ep.Addrs() {
+			add(single(a), ep.Identity, netip.Addr{}, sourceEndpoint)
+		}
+	}
+	for _, n := range nodes {
+		if n.Local {
+			continue
+		}
+		for _, a := range n.Addrs {
+			add(single(a), model.IdentityRemoteNode, netip.Addr{}, sourceNode)
+		}
+		for _, a := range n.Routers {
+			add(single(a), model.IdentityRemoteNode, nodeAddr(n, a), sourceNode)
+		}
+		for _, c := range n.PodCIDRs {
+			add(c.Masked(), model.IdentityWorld, nodeAddr(n, c.Addr()), sourceNode)
+		}
+	}
+	add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
+	add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
+
+	out := make([]state.IPCache, 0, len(rows))
+	for _, r := range rows {
+		out = append(out, r)
+	}
+	slices.SortFunc(out, func(a, b state.IPCache) int { return a.Prefix.Compare(b.Prefix) })
+	return out
+}
+
+// nodeAddr is the node's address of the family of a, else any.
+func nodeAddr(n model.Node, a netip.Addr) netip.Addr {
+	if x := n.AddrFor(a); x.IsValid() || len(n.Addrs) == 0 {
+		return x
+	}
+	return n.Addrs[0]
+}
+
+// LocalAddrs returns this node's addresses as the datapath's endpoints map has them: its pods' and, marked Host, its own.
+func LocalAddrs(cfg Config, local []model.Node, devices []model.Device, endpoints []model.Endpoint) map[netip.Addr]model.LocalAddr {
+	rows := map[netip.Addr]model.LocalAddr{}
+	host := func(a netip.Addr) {
+		if a.IsValid() && cfg.family(a) {
+			rows[a] = model.LocalAddr{Identity: model.IdentityHost, Host: true}
+		}
+	}
+	for _, ep := range endpoints {
+		if ep.State == model.EndpointDeleting || ep.Ifindex == 0 {
+			continue
+		}
+		for _, a := range ep.Addrs() {
+			rows[a] = model.LocalAddr{EndpointID: ep.ID, Ifindex: ep.Ifindex, Identity: ep.Identity, MAC: ep.MAC, NodeMAC: ep.NodeMAC}
+		}
+	}
+	for _, d := range devices {
+		for _, p := range d.Addrs {
+			host(p.Addr())
+		}
+	}
+	for _, n := range local {
+		for _, a := range append(slices.Clone(n.Addrs), n.Routers...) {
+			host(a)
+		}
+	}
+	return rows
+}
+
+func single(a netip.Addr) netip.Prefix {
+	if !a.IsValid() {
+		return netip.Prefix{}
+	}
+	return netip.PrefixFrom(a, a.BitLen())
+}
+
+// overlaps returns a warning for each pair of nodes whose pod CIDRs overlap: one of them loses packets.
+func overlaps(nodes []model.Node) []state.Warning {
+	var out []state.Warning
+	for i, a := range nodes {
+		for _, b := range nodes[i+1:] {
+			for _, p := range a.PodCIDRs {
+				for _, q := range b.PodCIDRs {
+					if p.Overlaps(q) {
+						out = append(out, state.Warning{
+							Key:  fmt.Sprintf("route/%s/%s", p, b.Name),
+							Text: fmt.Sprintf("pod CIDR %s of node %s overlaps %s of node %s: give one of them another (delete its CiliumNode, or change Node.spec.podCIDRs)", p, a.Name, q, b.Name),
+						})
+					}
+				}
+			}
+		}
+	}
+	return out
+}

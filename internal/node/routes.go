@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// Routes returns the wanted routes, sorted, and what a person should know about them: to this node's pods by the host
+// device, and, with automatic direct routes, to each other node's pods by that node's address, if it is on a subnet that
+// a device of this node is connected to.
+func Routes(cfg Config, nodes []model.Node, devices []model.Device) ([]state.Route, []state.Warning) {
+	rows := map[netip.Prefix]model.Route{}
+	var warnings []state.Warning
+	warn := func(key, format string, args ...any) {
+		warnings = append(warnings, state.Warning{Key: "route/" + key, Text: fmt.Sprintf(format, args...)})
+	}
+	for _, n := range nodes {
+		if !n.Local {
+			continue
+		}
+		for _, r := range n.Routers {
+			rows[single(r)] = model.Route{Dev: cfg.HostDevice, Scope: model.ScopeLink}
+			for _, c := range n.PodCIDRs {
+				if c.Addr().Is4() != r.Is4() {
+					continue
+				}
+				if r.Is4() {
+					rows[c.Masked()] = model.Route{Via: r, Dev: cfg.HostDevice, Src: r, Scope: model.ScopeGlobal}
+				} else {
+					// IPv6 refuses a gateway that is an address of the node itself.
+					rows[c.Masked()] = model.Route{Dev: cfg.HostDevice, Src: r, Scope: model.ScopeLink}
+				}
+			}
+		}
+	}
+	for _, n := range nodes {
+		for _, c := range n.PodCIDRs {
+			native := cfg.NativeCIDR4
+			key, masquerade := "ipv4-native-routing-cidr", cfg.MasqueradeIP4
+			if c.Addr().Is6() {
+				native, key, masquerade = cfg.NativeCIDR6, "ipv6-native-routing-cidr", cfg.MasqueradeIP6
+			}
+			if masquerade && native.IsValid() && !(native.Contains(c.Addr()) && native.Bits() <= c.Bits()) {
+				warn("native/"+c.String(), "pod CIDR %s of node %s lies outside %s %s: packets to its pods lose their source address; widen %s", c, n.Name, key, native, key)
+			}
+			if n.Local || !cfg.AutoDirectRoutes {
+				continue
+			}
+			via := n.AddrFor(c.Addr())
+			if !via.IsValid() {
+				if !cfg.SkipUnreachable {
+					warn(c.String(), "no route to pod CIDR %s: node %s has no InternalIP of its family", c, n.Name)
+				}
+				continue
+			}
+			if _, taken := rows[c.Masked()]; taken {
+				continue // overlaps says so
+			}
+			dev, ok := connected(devices, via)
+			if !ok {
+				if !cfg.SkipUnreachable && len(devices) > 0 {
+					warn(c.String(), "no direct route to pod CIDR %s: node %s (%s) is not on a subnet of node %s (%s); let the network route it and set auto-direct-node-routes=false, or set direct-routing-skip-unreachable=true",
+						c, n.Name, via, cfg.Name, subnets(devices, via.Is4()))
+				}
+				continue
+			}
+			rows[c.Masked()] = model.Route{Via: via, Dev: dev, Scope: model.ScopeGlobal}
+		}
+	}
+	warnings = append(warnings, overlaps(nodes)...)
+
+	out := make([]state.Route, 0, len(rows))
+	for dst, r := range rows {
+		out = append(out, state.Route{Dst: dst, Route: r})
+	}
+	slices.SortFunc(out, func(a, b state.Route) int { return a.Dst.Compare(b.Dst) })
+	return out, warnings
+}
+
+// connected is the device that has a subnet with a, the direct routing device first.
+func connected(devices []model.Device, a netip.Addr) (string, bool) {
+	for _, direct := range []bool{true, false} {
+		for _, d := range devices {
+			if d.DirectRouting != direct {
+				continue
+			}
+			for _, p := range d.Addrs {
+				if p.Contains(a) && !p.IsSingleIP() {
+					return d.Name, true
+				}
+			}
+		}
+	}
+	return "", false
+}
+
+func subnets(devices []model.Device, v4 bool) string {
+	s := ""
+	for _, d := range devices {
+		for _, p := range d.Addrs {
+			if p.Addr().Is4() == v4 && !p.Addr().IsLinkLocalUnicast() {
+				if s != "" {
+					s += ", "
+				}
+				s += d.Name + " " + p.String()
+			}
+		}
+	}
+	if s == "" {
+		return "no address"
+	}
+	return s
+}

@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Target is one kind of kernel object (rows of a map, routes, links ...) that the loop makes equal to a table.
+type Target[K comparable, V any] interface {
+	// List returns only what is recognisably ours.
+	List(ctx context.Context) (map[K]V, error)
+	// Put creates or replaces one object.
+	Put(ctx context.Context, k K, v V) error
+	// Delete removes one object; an object that is already gone is no error.
+	Delete(ctx context.Context, k K) error
+}
+
+// Snapshot is what is wanted at one moment.
+type Snapshot[K comparable, V any] struct {
+	Rows map[K]V
+	// Complete says that every source of the rows has been read: only then is anything deleted.
+	Complete bool
+	// Changed are channels of which one is closed when the rows, or Complete, may have changed since.
+	Changed []<-chan struct{}
+}
+
+// Health is the state of one loop after a pass.
+type Health struct {
+	Name        string
+	Rows        int       // rows known to be in the target
+	Failing     int       // rows that failed and will be retried
+	LastSuccess time.Time // zero: never
+	LastError   time.Time
+	Errors      uint64 // failed passes since the last pass without an error
+	Message     string // the last error, empty if the last pass had none
+}
+
+// Config describes one loop.
+type Config[K comparable, V any] struct {
+	Name   string
+	Target Target[K, V]
+	// Desired returns the wanted rows. The loop does not modify the map.
+	Desired func() Snapshot[K, V]
+	Equal   func(a, b V) bool
+	// Compare, if set, orders puts; deletes go in the reverse order. Without it the order is arbitrary.
+	Compare func(a, b K) int
+	// Written, if set, is called after a pass that changed the target, before Sync's callers are answered.
+	Written func(puts, deletes int)
+	Report  func(Health)
+	Log     *slog.Logger
+
+	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once.
+	Throttle time.Duration
+	// Reread is the time after which the target is listed again, default 5 minutes.
+	Reread time.Duration
+	// RetryMin and RetryMax bound the delay before a failed row or list is tried again, default 100 ms and 30 s.
+	RetryMin, RetryMax time.Duration
+}
+
+// Comparable is the Equal function of types for which == says all.
+func Comparable[V comparable](a, b V) bool { return a == b }
+
+// Loop keeps a Target equal to its wanted rows.
+type Loop[K comparable, V any] struct {
+	cfg Config[K, V]
+
+	// Below: used by the goroutine of Run only.
+	actual   map[K]V // what the target has; nil: not read
+	unknown  map[K]struct{}
+	retry    map[K]retry
+	listFail retry
+	readAt   time.Time
+	health   Health
+
+	mu      sync.Mutex
+	waiters []waiter[K]
+	kick    chan struct{}
+}
+
+type retry struct {
+	attempts int
+	at       time.Time
+	err      error
+}
+
+type waiter[K comparable] struct {
+	keys []K
+	done chan error
+}
+
+// New returns a loop; Run starts it.
+func New[K comparable, V any](cfg Config[K, V]) *Loop[K, V] {
+	if cfg.Reread == 0 {
+		cfg.Reread = 5 * time.Minute
+	}
+	if cfg.RetryMin == 0 {
+		cfg.RetryMin = 100 * time.Millisecond
+	}
+	if cfg.RetryMax == 0 {
+		cfg.RetryMax = 30 * time.Second
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Loop[K, V]{
+		cfg:     cfg,
+		unknown: map[K]struct{}{},
+		retry:   map[K]retry{},
+		health:  Health{Name: cfg.Name},
+		kick:    make(chan struct{}, 1),
+	}
+}
+
+// Run applies the wanted rows until ctx ends. It returns nil then; the target keeps what it has.
+func (l *Loop[K, V]) Run(ctx context.Context) error {
+	defer l.answerAll(context.Canceled)
+	for ctx.Err() == nil {
+		l.mu.Lock()
+		waiters := l.waiters
+		l.waiters = nil
+		l.mu.Unlock()
+
+		started := time.Now()
+		snap := l.cfg.Desired()
+		l.pass(ctx, snap, waiters)
+		l.answer(waiters)
+		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
+			continue
+		}
+		if d := l.cfg.Throttle - time.Since(started); d > 0 {
+			l.wait(ctx, d, nil)
+		}
+	}
+	return nil
+}
+
+// wait returns true when one of the channels is closed, and false when the time is up, someone kicked, or ctx ended.
+func (l *Loop[K, V]) wait(ctx context.Context, d time.Duration, chans []<-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	cases := []reflect.SelectCase{
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())},
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(l.kick)},
+		{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(timer.C)},
+	}
+	for _, ch := range chans {
+		cases = append(cases, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ch)})
+	}
+	i, _, _ := reflect.Select(cases)
+	return i >= 3
+}
+
+// Sync waits for a pass that began after the call and returns the errors of the given rows, or of all rows if none is
+// given. A row that is awaiting its retry is tried in that pass.
+func (l *Loop[K, V]) Sync(ctx context.Context, keys ...K) error {
+	w := waiter[K]{keys: keys, done: make(chan error, 1)}
+	l.mu.Lock()
+	l.waiters = append(l.waiters, w)
+	l.mu.Unlock()
+	l.Kick()
+	select {
+	case err := <-w.done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for %s: %w", l.cfg.Name, ctx.Err())
+	}
+}
+
+// Kick makes a pass happen soon.
+func (l *Loop[K, V]) Kick() {
+	select {
+	case l.kick <- struct{}{}:
+	default:
+	}
+}
+
+// next is when a pass must happen although nothing changed.
+func (l *Loop[K, V]) next() time.Time {
+	if l.actual == nil {
+		return l.listFail.at
+	}
+	at := l.readAt.Add(l.cfg.Reread)
+	for _, r := range l.retry {
+		if r.at.Before(at) {
+			at = r.at
+		}
+	}
+	return at
+}
+
+// pass makes the target equal to the snapshot as far as it can now.
+func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []waiter[K]) {
+	now := time.Now()
+	if l.actual == nil || now.Sub(l.readAt) >= l.cfg.Reread {
+		if l.actual == nil && len(waiters) == 0 && now.Before(l.listFail.at) {
+			return
+		}
+		if err := l.read(ctx, now); err != nil {
+			l.report(now, fmt.Errorf("list: %w", err))
+			return
+		}
+	}
+	for _, w := range waiters {
+		for _, k := range w.keys {
+			if r, ok := l.retry[k]; ok {
+				r.at = now
+				l.retry[k] = r
+			}
+		}
+	}
+
+	// Puts before deletes, so that a lookup never misses in between.
+	var puts, deletes int
+	for _, k := range l.sorted(maps.Keys(snap.Rows)) {
+		want := snap.Rows[k]
+		have, ok := l.actual[k]
+		_, doubt := l.unknown[k]
+		if ok && !doubt && l.cfg.Equal(have, want) {
+			delete(l.retry, k)
+			continue
+		}
+		if r, ok := l.retry[k]; ok && now.Before(r.at) {
+			continue
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if err := l.cfg.Target.Put(ctx, k, want); err != nil {
+			// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
+			l.unknown[k] = struct{}{}
+			l.failed(k, now, fmt.Errorf("put %v: %w", k, err))
+			continue
+		}
+		puts++
+		l.actual[k] = want
+		delete(l.unknown, k)
+		delete(l.retry, k)
+	}
+
+	if snap.Complete {
+		for _, k := range l.unwanted(snap.Rows) {
+			if r, ok := l.retry[k]; ok && now.Before(r.at) {
+				continue
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			if err := l.cfg.Target.Delete(ctx, k); err != nil {
+				l.unknown[k] = struct{}{}
+				l.failed(k, now, fmt.Errorf("delete %v: %w", k, err))
+				continue
+			}
+			deletes++
+			delete(l.actual, k)
+			delete(l.unknown, k)
+			delete(l.retry, k)
+		}
+	} else {
+		// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
+		for k := range l.retry {
+			if _, ok := snap.Rows[k]; !ok {
+				delete(l.retry, k)
+			}
+		}
+	}
+	if puts+deletes > 0 {
+		l.cfg.Log.Debug("target written", "loop", l.cfg.Name, "puts", puts, "deletes", deletes)
+		if l.cfg.Written != nil {
+			l.cfg.Written(puts, deletes)
+		}
+	}
+	l.report(now, l.errors())
+}
+
+func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
+	rows, err := l.cfg.Target.List(ctx)
+	if err != nil {
+		l.actual = nil
+		l.listFail = l.backoff(l.listFail, now, err)
+		return err
+	}
+	if rows == nil {
+		rows = map[K]V{}
+	}
+	l.actual, l.readAt, l.listFail = rows, now, retry{}
+	clear(l.unknown)
+	return nil
+}
+
+// unwanted are the rows that the target has, or may have, and that are not wanted.
+func (l *Loop[K, V]) unwanted(rows map[K]V) []K {
+	set := map[K]struct{}{}
+	for k := range l.actual {
+		if _, ok := rows[k]; !ok {
+			set[k] = struct{}{}
+		}
+	}
+	for k := range l.unknown {
+		if _, ok := rows[k]; !ok {
+			set[k] = struct{}{}
+		}
+	}
+	keys := l.sorted(maps.Keys(set))
+	slices.Reverse(keys)
+	return keys
+}
+
+func (l *Loop[K, V]) sorted(seq func(func(K) bool)) []K {
+	if l.cfg.Compare == nil {
+		return slices.Collect(seq)
+	}
+	return slices.SortedFunc(seq, l.cfg.Compare)
+}
+
+func (l *Loop[K, V]) failed(k K, now time.Time, err error) {
+	r := l.backoff(l.retry[k], now, err)
+	if r.attempts == 1 {
+		l.cfg.Log.Warn("row failed, will be retried", "loop", l.cfg.Name, "error", err)
+	}
+	l.retry[k] = r
+}
+
+func (l *Loop[K, V]) backoff(r retry, now time.Time, err error) retry {
+	delay := l.cfg.RetryMin << min(r.attempts, 20)
+	if delay > l.cfg.RetryMax || delay <= 0 {
+		delay = l.cfg.RetryMax
+	}
+	return retry{attempts: r.attempts + 1, at: now.Add(delay), err: err}
+}
+
+func (l *Loop[K, V]) errors() error {
+	var errs []error
+	for _, k := range l.sorted(maps.Keys(l.retry)) {
+		errs = append(errs, l.retry[k].err)
+	}
+	return errors.Join(errs...)
+}
+
+func (l *Loop[K, V]) report(now time.Time, err error) {
+	l.health.Rows = len(l.actual)
+	l.health.Failing = len(l.retry)
+	if err != nil {
+		l.health.LastError = now
+		l.health.Errors++
+		l.health.Message = err.Error()
+	} else {
+		if l.health.Errors > 0 {
+			l.cfg.Log.Info("loop healthy again", "loop", l.cfg.Name)
+		}
+		l.health.LastSuccess = now
+		l.health.Errors = 0
+		l.health.Message = ""
+	}
+	if l.cfg.Report != nil {
+		l.cfg.Report(l.health)
+	}
+}
+
+func (l *Loop[K, V]) answer(waiters []waiter[K]) {
+	for _, w := range waiters {
+		var err error
+		switch {
+		case l.actual == nil:
+			err = fmt.Errorf("%s: list: %w", l.cfg.Name, l.listFail.err)
+		case len(w.keys) == 0:
+			err = l.errors()
+		default:
+			var errs []error
+			for _, k := range w.keys {
+				errs = append(errs, l.retry[k].err)
+			}
+			err = errors.Join(errs...)
+		}
+		w.done <- err
+	}
+}
+
+func (l *Loop[K, V]) answerAll(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, w := range l.waiters {
+		w.done <- fmt.Errorf("%s stopped: %w", l.cfg.Name, err)
+	}
+	l.waiters = nil
+}

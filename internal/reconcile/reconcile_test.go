@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// table is a minimal source of wanted rows.
+type table struct {
+	mu       sync.Mutex
+	rows     map[string]int
+	complete bool
+	changed  chan struct{}
+}
+
+func newTable(complete bool, rows map[string]int) *table {
+	return &table{rows: rows, complete: complete, changed: make(chan struct{})}
+}
+
+func (t *table) set(complete bool, rows map[string]int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.rows, t.complete = rows, complete
+	close(t.changed)
+	t.changed = make(chan struct{})
+}
+
+func (t *table) desired() Snapshot[string, int] {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return Snapshot[string, int]{Rows: maps.Clone(t.rows), Complete: t.complete, Changed: []<-chan struct{}{t.changed}}
+}
+
+type fixture struct {
+	loop    *Loop[string, int]
+	health  func() Health
+	written func() int
+}
+
+// start runs a loop inside a synctest bubble and stops it at the end of the test.
+func start(t *testing.T, src *table, tgt *Fault[string, int], tweak ...func(*Config[string, int])) fixture {
+	t.Helper()
+	var mu sync.Mutex
+	var h Health
+	var writes int
+	cfg := Config[string, int]{
+		Name: "test", Target: tgt, Desired: src.desired, Equal: Comparable[int], Compare: strings.Compare,
+		Report:  func(x Health) { mu.Lock(); h = x; mu.Unlock() },
+		Written: func(p, d int) { mu.Lock(); writes += p + d; mu.Unlock() },
+	}
+	for _, f := range tweak {
+		f(&cfg)
+	}
+	l := New(cfg)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- l.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	})
+	synctest.Wait()
+	return fixture{
+		loop:    l,
+		health:  func() Health { mu.Lock(); defer mu.Unlock(); return h },
+		written: func() int { mu.Lock(); defer mu.Unlock(); return writes },
+	}
+}
+
+func wantRows(t *testing.T, tgt *Fault[string, int], want map[string]int) {
+	t.Helper()
+	if got := tgt.Rows(); !maps.Equal(got, want) {
+		t.Errorf("target has %v, want %v", got, want)
+	}
+}
+
+func wantHistory(t *testing.T, tgt *Fault[string, int], want ...string) {
+	t.Helper()
+	if got := tgt.History(); !slices.Equal(got, want) {
+		t.Errorf("writes were %v, want %v", got, want)
+	}
+}
+
+func TestWritesOnlyDifferences(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"a": 1, "b": 2, "c": 3})
+		tgt := NewFault(map[string]int{"a": 1, "b": 1, "z": 9})
+		start(t, src, tgt)
+		wantHistory(t, tgt, "put b", "put c", "delete z") // puts first
+		wantRows(t, tgt, map[string]int{"a": 1, "b": 2, "c": 3})
+	})
+}
+
+func TestAppliedTwiceWritesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rows := map[string]int{"a": 1}
+		src := newTable(true, rows)
+		tgt := NewFault(rows)
+		f := start(t, src, tgt)
+		src.set(true, map[string]int{"a": 1})
+		synctest.Wait()
+		time.Sleep(time.Hour) // re-reads included
+		wantHistory(t, tgt)
+		if tgt.Lists() < 10 {
+			t.Errorf("the target was read %d times in an hour, want one each 5 minutes", tgt.Lists())
+		}
+		if f.written() != 0 {
+			t.Errorf("Written reported %d writes", f.written())
+		}
+	})
+}
+
+func TestNothingIsDeletedBeforeTheSourceIsComplete(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(false, map[string]int{"a": 1})
+		tgt := NewFault(map[string]int{"old": 1})
+		start(t, src, tgt)
+		wantRows(t, tgt, map[string]int{"a": 1, "old": 1})
+		src.set(true, map[string]int{"a": 1})
+		synctest.Wait()
+		wantRows(t, tgt, map[string]int{"a": 1})
+	})
+}
+
+func TestOneFailingRowDoesNotBlockOthersAndIsRetried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"a": 1, "bad": 2, "c": 3})
+		tgt := NewFault[string, int](nil)
+		var tries atomic.Int64
+		var mended atomic.Bool
+		tgt.Fail = func(op string, k string) error {
+			if op == "put" && k == "bad" {
+				tries.Add(1)
+				if !mended.Load() {
+					return errors.New("no space")
+				}
+			}
+			return nil
+		}
+		f := start(t, src, tgt)
+		wantRows(t, tgt, map[string]int{"a": 1, "c": 3})
+		if h := f.health(); h.Failing != 1 || !strings.Contains(h.Message, "put bad: no space") || !h.LastSuccess.IsZero() {
+			t.Errorf("health is %+v", h)
+		}
+		time.Sleep(10 * time.Minute)
+		if n := tries.Load(); n < 10 || n > 60 {
+			t.Errorf("%d tries in 10 minutes; want exponential backoff up to 30 s", n)
+		}
+		mended.Store(true)
+		time.Sleep(31 * time.Second)
+		wantRows(t, tgt, map[string]int{"a": 1, "bad": 2, "c": 3})
+		if h := f.health(); h.Failing != 0 || h.Message != "" || h.Errors != 0 || h.LastError.IsZero() {
+			t.Errorf("health after recovery is %+v", h)
+		}
+	})
+}
+
+func TestAFailedWriteThatTookEffectIsUndoneWhenUnwanted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"ghost": 1})
+		tgt := NewFault[string, int](nil)
+		tgt.Leak = true
+		tgt.Fail = func(op string, _ string) error {
+			if op == "put" {
+				return errors.New("interrupted")
+			}
+			return nil
+		}
+		start(t, src, tgt)
+		wantRows(t, tgt, map[string]int{"ghost": 1})
+		src.set(true, nil)
+		time.Sleep(time.Minute)
+		wantRows(t, tgt, map[string]int{})
+	})
+}
+
+func TestListFailureIsRetriedAndNothingIsWrittenBlindly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"a": 1})
+		tgt := NewFault(map[string]int{"z": 1})
+		var mended atomic.Bool
+		tgt.Fail = func(op string, _ string) error {
+			if !mended.Load() && op == "list" {
+				return errors.New("dump interrupted")
+			}
+			return nil
+		}
+		f := start(t, src, tgt)
+		wantHistory(t, tgt)
+		if h := f.health(); !strings.Contains(h.Message, "list: dump interrupted") {
+			t.Errorf("health is %+v", h)
+		}
+		if err := f.loop.Sync(t.Context(), "a"); err == nil {
+			t.Error("Sync succeeded although the target cannot be read")
+		}
+		mended.Store(true)
+		time.Sleep(time.Minute)
+		wantRows(t, tgt, map[string]int{"a": 1})
+	})
+}
+
+func TestDriftIsRepairedByTheReread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"a": 1})
+		tgt := NewFault[string, int](nil)
+		start(t, src, tgt)
+		tgt.Set("a", 7)
+		tgt.Set("stranger", 7)
+		time.Sleep(6 * time.Minute)
+		wantRows(t, tgt, map[string]int{"a": 1})
+	})
+}
+
+func TestThrottleBoundsPassesButNotTheFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, nil)
+		tgt := NewFault[string, int](nil)
+		start(t, src, tgt, func(c *Config[string, int]) { c.Throttle = 100 * time.Millisecond })
+		time.Sleep(time.Second)
+		src.set(true, map[string]int{"a": 0})
+		synctest.Wait()
+		wantHistory(t, tgt, "put a")
+		for i := range 50 {
+			src.set(true, map[string]int{"a": i + 1})
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(100 * time.Millisecond)
+		if n := len(tgt.History()); n > 2 {
+			t.Errorf("50 changes in 50 ms made %d writes", n)
+		}
+		wantRows(t, tgt, map[string]int{"a": 50})
+	})
+}
+
+func TestSyncReturnsTheErrorsOfItsRowsOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"good": 1, "bad": 1})
+		tgt := NewFault[string, int](nil)
+		tgt.Fail = func(op, k string) error {
+			if k == "bad" {
+				return errors.New("broken")
+			}
+			return nil
+		}
+		f := start(t, src, tgt, func(c *Config[string, int]) { c.Throttle = time.Hour })
+		src.set(true, map[string]int{"good": 2, "bad": 2})
+		if err := f.loop.Sync(t.Context(), "good"); err != nil {
+			t.Errorf("good: %v", err)
+		}
+		if got := tgt.Rows()["good"]; got != 2 {
+			t.Errorf("Sync returned before the row was written: %d", got)
+		}
+		if err := f.loop.Sync(t.Context(), "bad"); err == nil || !strings.Contains(err.Error(), "broken") {
+			t.Errorf("bad: %v", err)
+		}
+		if err := f.loop.Sync(t.Context()); err == nil {
+			t.Error("Sync of all rows hid the failing one")
+		}
+	})
+}
+
+// Any order of changes with any failures ends in the same state once the failures stop.
+func TestShuffledChangesAndFaultsConverge(t *testing.T) {
+	for seed := range uint64(30) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				rng := rand.New(rand.NewPCG(seed, 1))
+				src := newTable(false, nil)
+				tgt := NewFault(map[string]int{"k0": 3, "k7": 1, "left": 1})
+				tgt.Leak = seed%2 == 0
+				faults := rand.New(rand.NewPCG(seed, 2)) // used under the target's lock
+				var mended atomic.Bool
+				tgt.Fail = func(string, string) error {
+					if !mended.Load() && faults.IntN(3) == 0 {
+						return errors.New("injected")
+					}
+					return nil
+				}
+				start(t, src, tgt)
+				rows := map[string]int{}
+				for range 200 {
+					k := fmt.Sprintf("k%d", rng.IntN(10))
+					if rng.IntN(3) == 0 {
+						delete(rows, k)
+					} else {
+						rows[k] = rng.IntN(4)
+					}
+					src.set(rng.IntN(2) == 0, maps.Clone(rows))
+					time.Sleep(time.Duration(rng.IntN(50)) * time.Millisecond)
+				}
+				synctest.Wait()
+				mended.Store(true)
+				src.set(true, maps.Clone(rows))
+				time.Sleep(6 * time.Minute)
+				wantRows(t, tgt, rows)
+			})
+		})
+	}
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package state
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/internal/reconcile"
+)
+
+// Input is a table that a stage reads.
+type Input struct {
+	meta  statedb.TableMeta
+	watch func(statedb.ReadTxn) <-chan struct{}
+}
+
+// From makes a table an input.
+func From[Row any](tbl statedb.Table[Row]) Input {
+	return Input{tbl, func(txn statedb.ReadTxn) <-chan struct{} {
+		_, ch := tbl.AllWatch(txn)
+		return ch
+	}}
+}
+
+// Settle is how long a stage waits for more changes after the first one, so that a burst is computed once.
+const Settle = 2 * time.Millisecond
+
+// Stage keeps the rows of one table that it owns equal to a pure function of other tables.
+type Stage[Row any] struct {
+	Name   string
+	Out    statedb.RWTable[Row]
+	Inputs []Input
+	// Complete makes the stage write nothing before all inputs are complete, for rows that are wrong, not merely
+	// missing, while inputs are.
+	Complete bool
+	// Compute is given a snapshot and whether all inputs are complete in it.
+	Compute func(txn statedb.ReadTxn, complete bool) []Row
+	Equal   func(a, b Row) bool
+	// Mine says which rows of Out are the stage's; nil: all.
+	Mine func(Row) bool
+
+	done func(statedb.WriteTxn)
+}
+
+// Register announces that the output is complete only when this stage says so. It must be called before any reader
+// of the output starts.
+func (s *Stage[Row]) Register(db *statedb.DB) *Stage[Row] {
+	txn := db.WriteTxn(s.Out)
+	defer txn.Commit()
+	s.done = s.Out.RegisterInitializer(txn, s.Name)
+	return s
+}
+
+// Run computes until ctx ends.
+func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
+	mine := s.Mine
+	if mine == nil {
+		mine = All[Row]
+	}
+	for {
+		txn := db.ReadTxn()
+		chans, complete := watch(txn, s.Inputs)
+		ws := statedb.NewWatchSet()
+		ws.Add(chans...)
+		if complete || !s.Complete {
+			rows := s.Compute(txn, complete)
+			w := db.WriteTxn(s.Out)
+			changed := Replace(w, s.Out, rows, s.Equal, mine)
+			if complete && s.done != nil {
+				s.done(w)
+				s.done = nil
+				changed = true
+			}
+			if changed {
+				w.Commit()
+			} else {
+				w.Abort()
+			}
+		}
+		if _, err := ws.Wait(ctx, Settle); err != nil || ctx.Err() != nil {
+			return nil
+		}
+	}
+}
+
+// Desired is the Desired function of a loop over a table.
+func Desired[Row any, K comparable, V any](db *statedb.DB, tbl statedb.Table[Row], split func(Row) (K, V)) func() reconcile.Snapshot[K, V] {
+	return DesiredOf(db, []Input{From(tbl)}, func(txn statedb.ReadTxn) map[K]V {
+		rows := map[K]V{}
+		for r := range tbl.All(txn) {
+			k, v := split(r)
+			rows[k] = v
+		}
+		return rows
+	})
+}
+
+// DesiredOf is the Desired function of a loop over a pure function of tables.
+func DesiredOf[K comparable, V any](db *statedb.DB, inputs []Input, compute func(statedb.ReadTxn) map[K]V) func() reconcile.Snapshot[K, V] {
+	return func() reconcile.Snapshot[K, V] {
+		txn := db.ReadTxn()
+		chans, complete := watch(txn, inputs)
+		return reconcile.Snapshot[K, V]{Rows: compute(txn), Complete: complete, Changed: chans}
+	}
+}
+
+// watch returns channels that are closed when an input changes or becomes complete, and whether all are complete.
+func watch(txn statedb.ReadTxn, inputs []Input) (chans []<-chan struct{}, complete bool) {
+	complete = true
+	for _, in := range inputs {
+		chans = append(chans, in.watch(txn))
+		if ok, ch := in.meta.Initialized(txn); !ok {
+			complete = false
+			chans = append(chans, ch)
+		}
+	}
+	return chans, complete
+}
+
+// Pending names the tables that are not complete, with what they wait for.
+func (t *Tables) Pending() []string {
+	txn := t.DB.ReadTxn()
+	var pending []string
+	for _, m := range t.DB.GetTables(txn) {
+		if p := m.PendingInitializers(txn); len(p) > 0 {
+			pending = append(pending, fmt.Sprintf("%s (%v)", m.Name(), p))
+		}
+	}
+	return pending
+}

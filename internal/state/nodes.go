@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package state
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/internal/model"
+)
+
+// NodeObject is a Node or a CiliumNode of the API server, its addresses parsed.
+type NodeObject struct {
+	Source    string // model.SourceKubernetes or model.SourceCustomResource
+	Name      string
+	UID       string
+	Addrs     []netip.Addr   // InternalIPs in the object's order
+	Routers   []netip.Addr   // CiliumInternalIPs
+	PodCIDRs  []netip.Prefix // in the object's order
+	Error     string         // CiliumNode: why the operator could not give pod CIDRs
+	Taints    []string       // Node: keys
+	NetworkOK bool           // Node: condition NetworkUnavailable is False
+}
+
+// NodeObjectKey is the key of a row of NodeObjects.
+func NodeObjectKey(source, name string) string { return source + "/" + name }
+
+var nodeObjectByKey = byString("key", func(r NodeObject) string { return NodeObjectKey(r.Source, r.Name) })
+
+// NodeObjectBySource finds a node object by NodeObjectKey.
+func NodeObjectBySource(source, name string) statedb.Query[NodeObject] {
+	return nodeObjectByKey.Query(NodeObjectKey(source, name))
+}
+
+func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
+	return statedb.NewTableAny(db, "node-objects",
+		func() []string { return []string{"Source", "Name", "Addresses", "Routers", "PodCIDRs", "Error"} },
+		func(r NodeObject) []string {
+			return []string{r.Source, r.Name, joined(r.Addrs), joined(r.Routers), joined(r.PodCIDRs), r.Error}
+		}, nodeObjectByKey)
+}
+
+// Equal reports whether nothing that a reader could see differs.
+func (r NodeObject) Equal(o NodeObject) bool {
+	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.Error == o.Error && r.NetworkOK == o.NetworkOK &&
+		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
+}
+
+// Node is a row of the merged nodes.
+type Node = model.Node
+
+var nodeByName = byString("name", func(r Node) string { return r.Name })
+
+// NodeByName finds a node by its name.
+func NodeByName(name string) statedb.Query[Node] { return nodeByName.Query(name) }
+
+func newNodes(db *statedb.DB) (statedb.RWTable[Node], error) { return newNodeTable(db, "nodes") }
+
+func newLocal(db *statedb.DB) (statedb.RWTable[Node], error) { return newNodeTable(db, "local-node") }
+
+func newNodeTable(db *statedb.DB, name string) (statedb.RWTable[Node], error) {
+	return statedb.NewTableAny(db, name,
+		func() []string { return []string{"Name", "Addresses", "PodCIDRs", "Routers", "Local", "Source"} },
+		func(r Node) []string {
+			local := ""
+			if r.Local {
+				local = "yes"
+			}
+			return []string{r.Name, joined(r.Addrs), joined(r.PodCIDRs), joined(r.Routers), local, r.Source}
+		}, nodeByName)
+}
+
+// EqualNode compares nodes.
+func EqualNode(a, b Node) bool {
+	return a.Name == b.Name && a.Local == b.Local && a.Source == b.Source &&
+		slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Routers, b.Routers)
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package state
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/cilium/statedb"
+)
+
+// Pod is a pod of this node as the API server has it.
+type Pod struct {
+	Namespace, Name, UID string
+	HostNetwork          bool
+	Phase                string
+	IPs                  []netip.Addr
+	Labels               map[string]string
+	ServiceAccount       string
+	Running              bool // a container of it runs
+	Terminating          bool
+	Mirror               bool // a static pod's image in the API
+}
+
+// Key is "namespace/name".
+func (r Pod) Key() string { return r.Namespace + "/" + r.Name }
+
+// Equal compares pods.
+func (r Pod) Equal(o Pod) bool {
+	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.HostNetwork == o.HostNetwork && r.Phase == o.Phase &&
+		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror &&
+		slices.Equal(r.IPs, o.IPs) && maps.Equal(r.Labels, o.Labels)
+}
+
+var podByName = byString("name", Pod.Key)
+
+// PodByName finds a pod by "namespace/name".
+func PodByName(name string) statedb.Query[Pod] { return podByName.Query(name) }
+
+func newPods(db *statedb.DB) (statedb.RWTable[Pod], error) {
+	return statedb.NewTableAny(db, "pods",
+		func() []string { return []string{"Name", "UID", "Phase", "IPs", "HostNetwork", "Labels"} },
+		func(r Pod) []string {
+			return []string{r.Key(), r.UID, r.Phase, joined(r.IPs), strconv.FormatBool(r.HostNetwork), labels(r.Labels)}
+		}, podByName)
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package testutil makes what tests of several packages need: network namespaces that nothing can leak.
+package testutil
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// NeedRoot skips the test without the privileges that namespaces, devices and BPF take.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it makes network namespaces")
+	}
+}
+
+// Netns is a new network namespace. It has no name and no mount: it lives as long as the file is open, so that not even
+// a killed test leaves it behind.
+func Netns(t testing.TB) *os.File {
+	t.Helper()
+	NeedRoot(t)
+	type made struct {
+		file *os.File
+		err  error
+	}
+	done := make(chan made)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and is reused by nobody
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- made{nil, os.NewSyscallError("unshare", err)}
+			return
+		}
+		f, err := os.Open("/proc/thread-self/ns/net")
+		done <- made{f, err}
+	}()
+	m := <-done
+	if m.err != nil {
+		t.Fatalf("network namespace: %v", m.err)
+	}
+	t.Cleanup(func() { m.file.Close() })
+	return m.file
+}
+
+// NetnsPath is a path by which other processes can open the namespace while this one lives.
+func NetnsPath(ns *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd()) }
+
+// In runs a command in the namespace and returns its output.
+func In(t testing.TB, ns *os.File, command ...string) string {
+	t.Helper()
+	out, err := exec.Command("nsenter", append([]string{"--net=" + NetnsPath(ns)}, command...)...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", strings.Join(command, " "), err, out)
+	}
+	return string(out)
+}
