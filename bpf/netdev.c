@@ -17,17 +17,31 @@ static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
 	return !mask_set(cfg_pod4_mask) || addr_within(a, cfg_pod4_net, cfg_pod4_mask);
 }
 
+/* decide_answer finds the way back to where the packet came from. What the FIB cannot
+ * tell now, the pod's first packet back will ask for itself. */
+static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 pod_ifindex,
+				    struct conn_dir *d, __u32 epoch)
+{
+	struct hop hop = {};
+	__u32 unused = 0, zero = 0;
+	struct conn *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+
+	if (!scratch || route(skb, p, true, &hop, &unused) != ACTION_EGRESS || !bpf_map_lookup_elem(&lash_devices, &hop.ifindex))
+		return 0;
+	decide_egress(&scratch->reply, pod_ifindex, &hop, 0);
+	dir_publish(d, &scratch->reply, epoch);
+	return 0;
+}
+
 static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
-	struct conn_dir forth = {}, back = {};
+	struct conn_dir forth = {};
 	__u32 epoch = current_epoch();
 	struct endpoint *ep, *src;
-	struct hop hop = {};
 	struct conn_key k;
 	struct conn_dir *d, *other;
 	struct conn *c;
 	bool from_hi, orig;
-	__u32 unused = 0;
 	int action, err = 0;
 
 	ep = endpoint_of(&p->dst);
@@ -58,13 +72,8 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 	count(HOOK_NETDEV, why, skb->len);
 	dir_publish(d, &forth, epoch);
 	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
-	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
-		action = route(skb, p, true, &hop, &unused);
-		if (action == ACTION_EGRESS && bpf_map_lookup_elem(&lash_devices, &hop.ifindex)) {
-			decide_egress(&back, ep->ifindex, &hop, 0);
-			dir_publish(other, &back, epoch);
-		}
-	}
+	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
+		decide_answer(skb, p, ep->ifindex, other, epoch);
 	if (p->ttl <= 1) {
 		count(HOOK_NETDEV, SLOW_TTL, skb->len);
 		return VERDICT_OK;
@@ -120,7 +129,7 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 }
 
 /* A packet to the node itself, which may answer a masqueraded one. */
-static __always_inline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
+static __noinline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
 {
 	struct conn_key translated, k;
 	struct addr pod;

@@ -4,6 +4,7 @@ package bench
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -231,7 +232,8 @@ func serveConnects(l socket) (Result, error) {
 	}
 }
 
-// serveBulk counts what arrives in duration, after warm; then it drains.
+// serveBulk counts what arrives in duration, after warm. Then it closes, which is
+// what ends the client: only this end knows when enough was counted.
 func serveBulk(c socket, warm, duration time.Duration) (Result, error) {
 	var r Result
 	b := make([]byte, streamBuffer)
@@ -239,28 +241,25 @@ func serveBulk(c socket, warm, duration time.Duration) (Result, error) {
 		return r, err
 	}
 	begin := time.Now()
-	var started, ended time.Duration
+	var started time.Duration
 	for {
 		n, err := c.receive(b)
 		if err != nil {
 			return r, err
 		}
 		now := time.Since(begin)
-		switch {
-		case n == 0 && ended == 0:
+		if n == 0 {
 			return r, fmt.Errorf("the stream ended after %s, before its time", now)
-		case n == 0:
-			r.Time = ended - started
-			return r, nil
-		case started == 0:
+		}
+		if started == 0 {
 			if now >= warm {
 				started = now
 			}
-		case ended == 0:
-			r.Count += uint64(n)
-			if now-started >= duration {
-				ended = now
-			}
+			continue
+		}
+		r.Count += uint64(n)
+		if r.Time = now - started; r.Time >= duration {
+			return r, nil
 		}
 	}
 }
@@ -281,7 +280,7 @@ func drive(kind string, server netip.AddrPort, congestion string, warm, duration
 	if kind == RR {
 		return driveEcho(s, warm, duration)
 	}
-	return driveBulk(s, warm, duration)
+	return driveBulk(s, warm+duration+patience)
 }
 
 func driveEcho(s socket, warm, duration time.Duration) (Result, error) {
@@ -378,16 +377,21 @@ func driveConnects(server netip.AddrPort, congestion string, warm, duration time
 	return r, once()
 }
 
-func driveBulk(s socket, warm, duration time.Duration) (Result, error) {
+// driveBulk sends until the server has had enough and closes.
+func driveBulk(s socket, limit time.Duration) (Result, error) {
 	var r Result
 	b := make([]byte, streamBuffer)
-	// The server starts its clock at the first byte; a little more lets it end.
-	for begin := time.Now(); r.Time < warm+duration+20*time.Millisecond; r.Time = time.Since(begin) {
+	for begin := time.Now(); ; r.Time = time.Since(begin) {
 		n, err := s.send(b)
+		if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
+			return r, nil
+		}
 		if err != nil {
 			return r, err
 		}
 		r.Count += uint64(n)
+		if r.Time > limit {
+			return r, fmt.Errorf("the server still takes data after %s", r.Time)
+		}
 	}
-	return r, nil
 }

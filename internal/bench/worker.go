@@ -26,10 +26,10 @@ const WorkerArg = "bench-worker"
 // realTimePriority is above every ordinary process and below nothing of ours.
 const realTimePriority = 50
 
-// order tells a worker one thing to do: to listen, then to serve what it
+// order tells a worker one thing to do: to check an algorithm, to listen, to serve what it
 // listens to, or to be a client.
 type order struct {
-	Do         string         `json:"do"` // "listen", "serve", "drive"
+	Do         string         `json:"do"` // "check", "listen", "serve", "drive"
 	Kind       string         `json:"kind"`
 	Addr       netip.AddrPort `json:"addr"`
 	CPU        int            `json:"cpu"`
@@ -82,6 +82,11 @@ func obey(o order, listening *socket) (a answer, err error) {
 		return a, fmt.Errorf("pin to CPU %d: %w", o.CPU, err)
 	}
 	switch o.Do {
+	case "check":
+		var s socket
+		if s, err = newSocket(o.Addr.Addr(), o.Congestion); err == nil {
+			s.close()
+		}
 	case "listen":
 		*listening, a.Port, err = listen(o.Addr.Addr(), o.Congestion)
 	case "serve":

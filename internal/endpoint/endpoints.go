@@ -54,7 +54,7 @@ type Programs interface {
 
 // attachChecker may be implemented by Programs; CHECK asks it.
 type attachChecker interface {
-	PodAttached(ifindex int, ifname string) error
+	Attached(ifindex int, ifname string) error
 }
 
 // Rows waits until the datapath's endpoints map agrees with the endpoints table on some addresses; the map's
@@ -271,7 +271,7 @@ func (e *Endpoints) Check(ctx context.Context, req *cni.Request, netns *os.File)
 func (e *Endpoints) check(ctx context.Context, ep model.Endpoint, netns *os.File) error {
 	problems := []error{e.cfg.Devices.CheckPod(ctx, netns, ep, ep.Network)}
 	if checker, ok := e.cfg.Programs.(attachChecker); ok {
-		problems = append(problems, checker.PodAttached(ep.Ifindex, ep.IfName))
+		problems = append(problems, checker.Attached(ep.Ifindex, ep.IfName))
 	}
 	problems = append(problems, e.cfg.Rows.Sync(ctx, ep.Addrs()...))
 	return errors.Join(problems...)

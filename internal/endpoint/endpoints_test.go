@@ -131,20 +131,12 @@ func TestDeleteWithoutNamespace(t *testing.T) {
 }
 
 func TestFailedAddLeavesNothing(t *testing.T) {
-	injected := errors.New("injected")
-	sabotage := func(command string) func(*node) {
-		return func(n *node) {
-			n.devs.beforeStart = func(netns *os.File) { testutil.In(n.t, netns, "sh", "-ec", command) }
-		}
-	}
+	fault := func(step string) func(*node) { return func(n *node) { n.faults.set(step) } }
+	sabotage := func(command string) func(*node) { return func(n *node) { n.devs.sabotage.Store(&command) } }
 	for name, break_ := range map[string]func(*node){
-		"network":    func(n *node) { n.network = func() (model.PodNetwork, error) { return model.PodNetwork{}, injected } },
-		"allocate":   func(n *node) { n.addrs.fail = injected },
-		"create":     func(n *node) { n.devs.failCreate = injected },
-		"attach":     func(n *node) { n.dp.failAttach = injected },
-		"rows":       func(n *node) { n.dp.failSync = injected },
-		"start":      func(n *node) { n.devs.failStart = injected },
-		"device":     sabotage("ip link set eth0 name net1"),
+		"network": fault("network"), "allocate": fault("allocate"), "create": fault("create"), "attach": fault("attach"),
+		"rows": fault("sync"), "start": fault("start"),
+		"device":     sabotage("ip link del eth0"),
 		"route":      sabotage("ip link set eth0 up; ip route add 10.0.2.1 dev eth0 scope link"),
 		"route 6":    sabotage("ip link set eth0 up; ip -6 route add default dev eth0"),
 		"checkpoint": func(n *node) { breakCheckpoints(n, 0) },
@@ -152,14 +144,13 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			pod := testutil.Netns(t)
-			network := n.network
 			break_(n)
 			res := n.call("ADD", "c1", pod)
 			if res.status != 1 || res.Code == 0 || res.Msg == "" {
 				t.Errorf("ADD: status %d, %s", res.status, res.output)
 			}
-			n.network, n.addrs.fail, n.devs.failCreate, n.devs.failStart, n.devs.beforeStart = network, nil, nil, nil, nil
-			n.dp.failAttach, n.dp.failSync = nil, nil
+			n.faults.set()
+			n.devs.sabotage.Store(nil)
 			if name == "checkpoint" {
 				breakCheckpoints(n, 0o700)
 			}
@@ -200,14 +191,14 @@ func TestFailedDeleteKeepsTheAddressAndIsRepeated(t *testing.T) {
 	n := newNode(t)
 	pod := testutil.Netns(t)
 	n.add("c1", pod)
-	n.devs.failDelete = errors.New("injected")
+	n.faults.set("delete")
 	if res := n.call("DEL", "c1", pod); res.status == 0 || !strings.Contains(res.Msg, "injected") {
 		t.Errorf("DEL: %s", res.output)
 	}
 	if n.addrs.used() != 4 {
 		t.Error("the address of a device that is still there was given back")
 	}
-	n.devs.failDelete = nil
+	n.faults.set()
 	if res := n.call("DEL", "c1", pod); res.status != 0 {
 		t.Errorf("DEL: %s", res.output)
 	}
@@ -260,8 +251,8 @@ func TestStatusSaysWhyNot(t *testing.T) {
 	if res := status(); res.status != 0 || res.output != "" {
 		t.Errorf("STATUS: %s", res.output)
 	}
-	n.network = func() (model.PodNetwork, error) { return model.PodNetwork{}, errors.New("no pod CIDR") }
-	if res := status(); res.Code != cni.CodeNotAvailable || !strings.Contains(res.Msg, "no pod CIDR") {
+	n.faults.set("network")
+	if res := status(); res.Code != cni.CodeNotAvailable || !strings.Contains(res.Msg, "injected") {
 		t.Errorf("STATUS: %s", res.output)
 	}
 	n.stop()
@@ -407,7 +398,7 @@ func TestManyPodsAtOnce(t *testing.T) {
 	for i := range namespaces {
 		namespaces[i] = testutil.Netns(t)
 	}
-	files, routines := openFiles(t), runtime.NumGoroutine()
+	files, routines, netns := openFiles(t), runtime.NumGoroutine(), ownNetns(t)
 	var wg sync.WaitGroup
 	results := make([]result, pods)
 	for i := range pods {
@@ -440,14 +431,18 @@ func TestManyPodsAtOnce(t *testing.T) {
 			break
 		}
 	}
-	var own, main os.FileInfo
-	var err error
-	if own, err = os.Stat("/proc/thread-self/ns/net"); err == nil {
-		main, err = os.Stat(fmt.Sprintf("/proc/%d/ns/net", os.Getpid()))
+	if now := ownNetns(t); now != netns {
+		t.Errorf("threads have strayed into another namespace: %s, was %s", now, netns)
 	}
-	if err != nil || !os.SameFile(own, main) {
-		t.Errorf("this thread has strayed into another namespace (%v)", err)
+}
+
+func ownNetns(t testing.TB) string {
+	t.Helper()
+	link, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
 	}
+	return link
 }
 
 func openFiles(t testing.TB) int {

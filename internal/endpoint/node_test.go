@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,20 +31,43 @@ var (
 	router6 = netip.MustParseAddr("fd00::201")
 )
 
+// faults are the steps that are to fail. The plugin's system calls tell the race detector nothing, so it has its own lock.
+type faults struct {
+	mu    sync.Mutex
+	steps map[string]error
+}
+
+var errInjected = errors.New("injected")
+
+func (f *faults) set(steps ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.steps = map[string]error{}
+	for _, step := range steps {
+		f.steps[step] = errInjected
+	}
+}
+
+func (f *faults) at(step string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.steps[step]
+}
+
 // addresses hands out one address after the other; it fails on request.
 type addresses struct {
 	mu    sync.Mutex
 	next  uint8
 	inUse map[netip.Addr]string
-	fail  error
+	*faults
 }
 
 func (a *addresses) Allocate(owner string) (v4, v6 netip.Addr, err error) {
+	if err := a.at("allocate"); err != nil {
+		return v4, v6, err
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.fail != nil {
-		return v4, v6, a.fail
-	}
 	for range 256 {
 		a.next++
 		v4 = netip.AddrFrom4([4]byte{10, 0, 2, a.next})
@@ -87,30 +111,30 @@ type datapath struct {
 	attached map[string]int
 	rows     map[netip.Addr]uint16
 
-	failAttach, failSync, failDetach error
+	*faults
 }
 
 func (d *datapath) AttachPod(ifindex int, ifname string) error {
+	if err := d.at("attach"); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.failAttach != nil {
-		return d.failAttach
-	}
 	d.attached[ifname] = ifindex
 	return nil
 }
 
 func (d *datapath) DetachPod(_ int, ifname string) error {
+	if err := d.at("detach"); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.failDetach != nil {
-		return d.failDetach
-	}
 	delete(d.attached, ifname)
 	return nil
 }
 
-func (d *datapath) PodAttached(ifindex int, ifname string) error {
+func (d *datapath) Attached(ifindex int, ifname string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.attached[ifname] != ifindex {
@@ -120,11 +144,11 @@ func (d *datapath) PodAttached(ifindex int, ifname string) error {
 }
 
 func (d *datapath) Sync(_ context.Context, addrs ...netip.Addr) error {
+	if err := d.at("sync"); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.failSync != nil {
-		return d.failSync
-	}
 	wanted := map[netip.Addr]uint16{}
 	for ep := range d.tables.Endpoints.All(d.tables.DB.ReadTxn()) {
 		for _, addr := range ep.Addrs() {
@@ -147,13 +171,13 @@ type devices struct {
 	t  testing.TB
 	dp *datapath
 
-	failCreate, failStart, failDelete error
-	beforeStart                       func(netns *os.File)
+	*faults
+	sabotage atomic.Pointer[string] // a command to run in the pod before it starts
 }
 
 func (d *devices) CreatePod(ctx context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) (model.Endpoint, error) {
-	if d.failCreate != nil {
-		return ep, d.failCreate
+	if err := d.at("create"); err != nil {
+		return ep, err
 	}
 	return d.Host.CreatePod(ctx, netns, ep, network)
 }
@@ -166,31 +190,31 @@ func (d *devices) StartPod(ctx context.Context, netns *os.File, ep model.Endpoin
 		}
 	}
 	d.dp.mu.Unlock()
-	if d.beforeStart != nil {
-		d.beforeStart(netns)
+	if command := d.sabotage.Load(); command != nil {
+		testutil.In(d.t, netns, "sh", "-ec", *command)
 	}
 	if err := d.Host.StartPod(ctx, netns, ep, network); err != nil {
 		return err
 	}
-	return d.failStart
+	return d.at("start")
 }
 
 func (d *devices) DeletePod(ctx context.Context, ifname string) error {
-	if d.failDelete != nil {
-		return d.failDelete
+	if err := d.at("delete"); err != nil {
+		return err
 	}
 	return d.Host.DeletePod(ctx, ifname)
 }
 
 // node is a node with an agent that can be stopped and started again.
 type node struct {
-	t       testing.TB
-	ns      *os.File
-	dir     string
-	addrs   *addresses
-	dp      *datapath
-	devs    *devices
-	network func() (model.PodNetwork, error)
+	t      testing.TB
+	ns     *os.File
+	dir    string
+	addrs  *addresses
+	dp     *datapath
+	devs   *devices
+	faults *faults
 
 	tables    *state.Tables
 	endpoints *endpoint.Endpoints
@@ -205,13 +229,9 @@ func newNode(t testing.TB) *node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { host.Close() })
-	dp := &datapath{attached: map[string]int{}, rows: map[netip.Addr]uint16{}}
-	n := &node{
-		t: t, ns: ns, dir: t.TempDir(), dp: dp, devs: &devices{Host: host, t: t, dp: dp},
-		network: func() (model.PodNetwork, error) {
-			return model.PodNetwork{Router4: router4, Router6: router6, MTU: 1500}, nil
-		},
-	}
+	f := &faults{}
+	dp := &datapath{attached: map[string]int{}, rows: map[netip.Addr]uint16{}, faults: f}
+	n := &node{t: t, ns: ns, dir: t.TempDir(), faults: f, dp: dp, devs: &devices{Host: host, t: t, dp: dp, faults: f}}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -226,12 +246,14 @@ func (n *node) start() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.addrs = &addresses{inUse: map[netip.Addr]string{router4: "router", router6: "router"}}
+	n.addrs = &addresses{inUse: map[netip.Addr]string{router4: "router", router6: "router"}, faults: n.faults}
 	n.tables, n.dp.tables = tables, tables
 	n.endpoints, err = endpoint.New(endpoint.Config{
 		Tables: tables, Addresses: n.addrs, Devices: n.devs, Inventory: n.devs, Programs: n.dp, Rows: n.dp,
-		Network: func() (model.PodNetwork, error) { return n.network() },
-		Socket:  n.path("cni.sock"), StateDir: n.path("state"), Deletions: n.path("deletions"), Log: slog.New(slog.DiscardHandler),
+		Network: func() (model.PodNetwork, error) {
+			return model.PodNetwork{Router4: router4, Router6: router6, MTU: 1500}, n.faults.at("network")
+		},
+		Socket: n.path("cni.sock"), StateDir: n.path("state"), Deletions: n.path("deletions"), Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		n.t.Fatal(err)

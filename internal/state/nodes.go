@@ -16,6 +16,7 @@ type NodeObject struct {
 	Source    string // model.SourceKubernetes or model.SourceCustomResource
 	Name      string
 	UID       string
+	OwnerUID  string         // CiliumNode: of the Node it belongs to
 	Addrs     []netip.Addr   // InternalIPs in the object's order
 	Routers   []netip.Addr   // CiliumInternalIPs
 	PodCIDRs  []netip.Prefix // in the object's order
@@ -44,7 +45,7 @@ func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 
 // Equal reports whether nothing that a reader could see differs.
 func (r NodeObject) Equal(o NodeObject) bool {
-	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.Error == o.Error && r.NetworkOK == o.NetworkOK &&
+	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Error == o.Error && r.NetworkOK == o.NetworkOK &&
 		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
 }
 

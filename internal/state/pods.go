@@ -21,6 +21,7 @@ type Pod struct {
 	ServiceAccount       string
 	Running              bool // a container of it runs
 	Terminating          bool
+	Controlled           bool // a controller makes a new one if it is deleted
 	Mirror               bool // a static pod's image in the API
 }
 
@@ -30,7 +31,7 @@ func (r Pod) Key() string { return r.Namespace + "/" + r.Name }
 // Equal compares pods.
 func (r Pod) Equal(o Pod) bool {
 	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.HostNetwork == o.HostNetwork && r.Phase == o.Phase &&
-		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror &&
+		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror && r.Controlled == o.Controlled &&
 		slices.Equal(r.IPs, o.IPs) && maps.Equal(r.Labels, o.Labels)
 }
 

@@ -33,12 +33,22 @@ func Netns(t testing.TB) *os.File {
 	}
 	done := make(chan made)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and is reused by nobody
+		runtime.LockOSThread()
+		own, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			done <- made{nil, err}
+			return
+		}
+		defer own.Close()
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			done <- made{nil, os.NewSyscallError("unshare", err)}
 			return
 		}
 		f, err := os.Open("/proc/thread-self/ns/net")
+		// A thread that does not find back stays locked and ends with the goroutine.
+		if back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); back == nil {
+			runtime.UnlockOSThread()
+		}
 		done <- made{f, err}
 	}()
 	m := <-done

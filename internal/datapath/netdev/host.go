@@ -32,7 +32,7 @@ type Host struct {
 // OpenHost is the node whose namespace this process is in.
 func OpenHost() (*Host, error) {
 	var st unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/net", &st); err != nil {
+	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
 		return nil, fmt.Errorf("network namespace of the node: %w", err)
 	}
 	return &Host{inode: st.Ino}, nil

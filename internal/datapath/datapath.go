@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/model"
+)
+
+// Config becomes load-time constants and map sizes.
+type Config struct {
+	Root string // directory on a bpffs; maps, links below it
+
+	HostIfindex   int // lash_host
+	HostMAC       model.MAC
+	DirectIfindex int // the device that routes to other nodes
+	Routers       []netip.Addr
+	PodCIDRs      []netip.Prefix // of this node; more than one of a family: every packet is looked up
+	NativeCIDRs   []netip.Prefix // at most one a family; never masqueraded
+
+	HostRouting bool // BPF host routing; false: legacy
+	Masquerade4 bool
+	Masquerade6 bool
+	SNATMin     uint16 // source ports of masqueraded connections
+	SNATMax     uint16
+
+	ConnMax    uint32 // rows of lash_conn
+	ServiceMax uint32 // rows of lash_services; four times as many backends
+
+	NoTCX bool // attach by clsact even where tcx exists
+}
+
+// Lifetimes of connections without packets.
+const (
+	lifetimeTCP   = 8000 * time.Second
+	lifetimeSYN   = 60 * time.Second
+	lifetimeClose = 10 * time.Second
+	lifetimeAny   = 60 * time.Second
+)
+
+// Datapath is the loaded programs and the maps they share.
+type Datapath struct {
+	cfg      Config
+	log      *slog.Logger
+	features Features
+	maps     map[string]*ebpf.Map
+	programs map[string]*ebpf.Program
+
+	mu     sync.Mutex // serialises changes of the epoch and of lash_ifaces
+	ifaces map[uint32]bpf.Iface
+}
+
+// Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
+// what an earlier agent attached goes on forwarding until Attach replaces it.
+func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
+	if cfg.SNATMin == 0 {
+		cfg.SNATMin, cfg.SNATMax = 1024, 29999
+	}
+	if cfg.SNATMax < cfg.SNATMin {
+		return nil, fmt.Errorf("masquerading ports %d-%d: the last is smaller than the first", cfg.SNATMin, cfg.SNATMax)
+	}
+	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, ifaces: map[uint32]bpf.Iface{}}
+	for _, dir := range []string{d.mapDir(), d.linkDir()} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("bpf-root %s: %w (is a bpffs mounted there?)", cfg.Root, err)
+		}
+	}
+	d.features = Probe()
+	if cfg.NoTCX {
+		d.features.TCX = false
+	}
+	if cfg.HostRouting && !d.features.HostRouting() {
+		return nil, errors.New("BPF host routing asked for, but this kernel lacks bpf_redirect_peer or bpf_redirect_neigh")
+	}
+	constants, err := d.constants()
+	if err != nil {
+		return nil, err
+	}
+	for object := range bpf.Programs {
+		if err := d.load(object, constants); err != nil {
+			d.Close()
+			return nil, err
+		}
+	}
+	if err := d.begin(); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Close releases file descriptors. What is pinned and attached stays in the kernel.
+func (d *Datapath) Close() error {
+	for _, p := range d.programs {
+		p.Close()
+	}
+	for _, m := range d.maps {
+		m.Close()
+	}
+	return nil
+}
+
+// Features are what this kernel was found to have.
+func (d *Datapath) Features() Features { return d.features }
+
+func (d *Datapath) mapDir() string  { return filepath.Join(d.cfg.Root, "maps") }
+func (d *Datapath) linkDir() string { return filepath.Join(d.cfg.Root, "links") }
+
+func (d *Datapath) constants() (*bpf.Constants, error) {
+	hz, err := ticksPerSecond()
+	if err != nil {
+		return nil, err
+	}
+	ticks := func(t time.Duration) uint32 { return uint32(t/time.Second) * hz }
+	c := &bpf.Constants{
+		HZ:            hz,
+		CTTCPTicks:    ticks(lifetimeTCP),
+		CTSYNTicks:    ticks(lifetimeSYN),
+		CTCloseTicks:  ticks(lifetimeClose),
+		CTAnyTicks:    ticks(lifetimeAny),
+		HostIfindex:   uint32(d.cfg.HostIfindex),
+		DirectIfindex: uint32(d.cfg.DirectIfindex),
+		HostRouting:   d.cfg.HostRouting,
+		Masquerade4:   d.cfg.Masquerade4,
+		Masquerade6:   d.cfg.Masquerade6,
+		SNATMin:       uint32(d.cfg.SNATMin),
+		SNATMax:       uint32(d.cfg.SNATMax),
+		HaveSetRetval: d.features.SetRetval,
+	}
+	for i, b := range d.cfg.HostMAC {
+		c.HostMAC |= uint64(b) << (8 * i)
+	}
+	for _, r := range d.cfg.Routers {
+		if r.Is4() {
+			c.Router4 = bpf.AddrFrom(r)
+		} else {
+			c.Router6 = bpf.AddrFrom(r)
+		}
+	}
+	for _, p := range d.cfg.NativeCIDRs {
+		if p.Addr().Is4() {
+			c.Native4Net, c.Native4Mask = bpf.PrefixFrom(p)
+		} else {
+			c.Native6Net, c.Native6Mask = bpf.PrefixFrom(p)
+		}
+	}
+	var v4, v6 []netip.Prefix
+	for _, p := range d.cfg.PodCIDRs {
+		if p.Addr().Is4() {
+			v4 = append(v4, p)
+		} else {
+			v6 = append(v6, p)
+		}
+	}
+	if len(v4) == 1 {
+		c.Pod4Net, c.Pod4Mask = bpf.PrefixFrom(v4[0])
+	}
+	if len(v6) == 1 {
+		c.Pod6Net, c.Pod6Mask = bpf.PrefixFrom(v6[0])
+	}
+	return c, nil
+}
+
+// ticksPerSecond is CONFIG_HZ: the coarse clock advances once a tick.
+func ticksPerSecond() (uint32, error) {
+	var res unix.Timespec
+	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &res); err != nil {
+		return 0, fmt.Errorf("resolution of the coarse clock: %w", err)
+	}
+	return uint32((1e9 + res.Nano()/2) / res.Nano()), nil
+}
+
+func (d *Datapath) load(object string, constants *bpf.Constants) error {
+	spec, err := bpf.Load(object)
+	if err != nil {
+		return err
+	}
+	if err := bpf.Specialise(spec, constants); err != nil {
+		return fmt.Errorf("object %s: %w", object, err)
+	}
+	shared := map[string]*ebpf.Map{}
+	for name, m := range spec.Maps {
+		if !isOurs(name) {
+			continue
+		}
+		if d.maps[name] == nil {
+			if d.maps[name], err = d.openMap(name, m); err != nil {
+				return err
+			}
+		}
+		shared[name] = d.maps[name]
+		m.MaxEntries = d.maps[name].MaxEntries()
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	if err != nil {
+		return fmt.Errorf("load object %s: %w", object, err)
+	}
+	defer coll.Close()
+	for name := range coll.Programs {
+		d.programs[name] = coll.DetachProgram(name)
+	}
+	return nil
+}
+
+func isOurs(mapName string) bool { return len(mapName) > 5 && mapName[:5] == "lash_" }
+
+// openMap reuses the pinned map if it is what the spec says, else replaces it.
+func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	switch name {
+	case "lash_conn":
+		spec.MaxEntries = orDefault(d.cfg.ConnMax, spec.MaxEntries)
+	case "lash_nat":
+		spec.MaxEntries = orDefault(d.cfg.ConnMax/2, spec.MaxEntries)
+	case "lash_services":
+		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
+	case "lash_backends":
+		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
+	}
+	path := filepath.Join(d.mapDir(), name)
+	m, err := ebpf.LoadPinnedMap(path, nil)
+	if err == nil {
+		if m.Type() == spec.Type && m.KeySize() == spec.KeySize && m.ValueSize() == spec.ValueSize && m.MaxEntries() == spec.MaxEntries {
+			return m, nil
+		}
+		m.Close()
+		d.log.Warn("map has another shape than this version's and starts empty", "map", name)
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("replace map %s: %w", name, err)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("open map %s: %w", path, err)
+	}
+	if m, err = ebpf.NewMap(spec); err != nil {
+		return nil, fmt.Errorf("create map %s (%d entries): %w", name, spec.MaxEntries, err)
+	}
+	if err := m.Pin(path); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("pin map %s: %w", path, err)
+	}
+	return m, nil
+}
+
+func orDefault(v, def uint32) uint32 {
+	if v == 0 {
+		return def
+	}
+	return v
+}
+
+// begin makes what the maps hold agree with what this process remembers.
+func (d *Datapath) begin() error {
+	var ifindex uint32
+	var iface bpf.Iface
+	it := d.maps["lash_ifaces"].Iterate()
+	for it.Next(&ifindex, &iface) {
+		d.ifaces[ifindex] = iface
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read lash_ifaces: %w", err)
+	}
+	return d.Raise("agent started")
+}
+
+// Raise makes every connection's decisions be made again on its next packet: call it
+// after any change to endpoints, ipcache, devices, routes or neighbours.
+func (d *Datapath) Raise(why string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var rt bpf.Runtime
+	if err := d.maps["lash_runtime"].Lookup(uint32(0), &rt); err != nil {
+		return fmt.Errorf("raise epoch: %w", err)
+	}
+	if rt.Epoch++; rt.Epoch == 0 { // 0 means "nothing decided"
+		rt.Epoch = 1
+	}
+	if err := d.maps["lash_runtime"].Put(uint32(0), &rt); err != nil {
+		return fmt.Errorf("raise epoch: %w", err)
+	}
+	d.log.Debug("epoch raised", "epoch", rt.Epoch, "why", why)
+	return nil
+}

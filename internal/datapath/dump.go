@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+	"sort"
+	"strings"
+
+	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/model"
+)
+
+// Dump reads one kind of map as a table of text: "endpoint", "ct", "ipcache", "lb",
+// "nat", "metrics" or "net". Rows are sorted.
+func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
+	add := func(cells ...any) {
+		row := make([]string, len(cells))
+		for i, c := range cells {
+			row[i] = fmt.Sprint(c)
+		}
+		rows = append(rows, row)
+	}
+	switch kind {
+	case "net":
+		return d.Attachments()
+	case "endpoint":
+		columns = []string{"IP ADDRESS", "LOCAL ENDPOINT INFO"}
+		err = list(d.maps["lash_endpoints"], "lash_endpoints", func(k bpf.Addr, v bpf.Endpoint) {
+			if v.Flags&bpf.EndpointHost != 0 {
+				add(k.Addr(), "(localhost)")
+				return
+			}
+			add(k.Addr(), fmt.Sprintf("id=%-5d sec_id=%-5d flags=0x%04x ifindex=%-3d mac=%s nodemac=%s", v.ID, v.Identity, v.Flags, v.Ifindex,
+				strings.ToUpper(model.MAC(v.MAC.B).String()), strings.ToUpper(model.MAC(v.NodeMAC.B).String())))
+		})
+	case "ipcache":
+		columns = []string{"IP PREFIX/ADDRESS", "IDENTITY"}
+		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
+			node := netip.IPv4Unspecified()
+			if n := v.Node.Addr(); n.IsValid() {
+				node = n
+			}
+			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=<none>", v.Identity, node))
+		})
+	case "lb":
+		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
+		slots := map[bpf.BackendKey]bpf.Backend{}
+		if err = list(d.maps["lash_backends"], "lash_backends", func(k bpf.BackendKey, v bpf.Backend) { slots[k] = v }); err != nil {
+			return nil, nil, err
+		}
+		err = list(d.maps["lash_services"], "lash_services", func(k bpf.ServiceKey, v bpf.Service) {
+			front := fmt.Sprintf("%s/%s", netip.AddrPortFrom(k.Addr.Addr(), k.Port.Host()), model.ProtoName(k.Proto))
+			add(front+" (0)", fmt.Sprintf("%d backends (%d) (0) [ClusterIP, non-routable]", v.Count, v.ID))
+			for slot := uint32(1); slot <= v.Count; slot++ {
+				b := slots[bpf.BackendKey{Service: v.ID, Slot: slot}]
+				add(fmt.Sprintf("%s (%d)", front, slot), fmt.Sprintf("%s/%s (%d) (%d)", netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()), model.ProtoName(b.Proto), v.ID, slot))
+			}
+		})
+	case "ct":
+		return d.dumpConnections()
+	case "nat":
+		columns = []string{"PROTO", "TRANSLATED", "REMOTE", "POD"}
+		err = list(d.maps["lash_nat"], "lash_nat", func(t, owner bpf.ConnKey) {
+			var c bpf.Conn
+			if d.maps["lash_conn"].Lookup(&owner, &c) != nil {
+				return
+			}
+			pod, remote := sides(owner, c)
+			add(protoName(t.Proto), netip.AddrPortFrom(c.NATAddr.Addr(), c.NATPort.Host()), remote, pod)
+		})
+	case "metrics":
+		return d.dumpMetrics()
+	default:
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, endpoint, ipcache, lb, metrics, nat, net", kind)
+	}
+	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
+	return columns, rows, err
+}
+
+func protoName(p uint8) string {
+	switch p {
+	case 1:
+		return "ICMP"
+	case 58:
+		return "ICMPv6"
+	}
+	return model.ProtoName(p)
+}
+
+// sides are the initiator and its peer.
+func sides(k bpf.ConnKey, c bpf.Conn) (initiator, peer netip.AddrPort) {
+	lo := netip.AddrPortFrom(k.Lo.Addr(), k.LoPort.Host())
+	hi := netip.AddrPortFrom(k.Hi.Addr(), k.HiPort.Host())
+	if c.Flags&bpf.ConnInitiatorHi != 0 {
+		return hi, lo
+	}
+	return lo, hi
+}
+
+var actionNames = [...]string{
+	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour",
+}
+
+func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
+	now, err := d.now()
+	if err != nil {
+		return nil, nil, err
+	}
+	hz, err := ticksPerSecond()
+	if err != nil {
+		return nil, nil, err
+	}
+	columns := []string{"PROTO", "SOURCE", "DESTINATION", "STATE", "EXPIRES", "FORTH", "PACKETS", "BYTES", "BACK", "PACKETS", "BYTES", "NAT"}
+	var rows [][]string
+	err = list(d.maps["lash_conn"], "lash_conn", func(k bpf.ConnKey, c bpf.Conn) {
+		src, dst := sides(k, c)
+		state := "new"
+		switch {
+		case c.State&bpf.StateClosed != 0 || c.State&bpf.StateFINBoth == bpf.StateFINBoth:
+			state = "closed"
+		case c.State&bpf.StateReplied != 0:
+			state = "established"
+		}
+		nat := ""
+		if c.Flags&bpf.ConnNAT != 0 {
+			nat = netip.AddrPortFrom(c.NATAddr.Addr(), c.NATPort.Host()).String()
+		}
+		way := func(dir bpf.ConnDir) string {
+			if int(dir.Action) >= len(actionNames) || dir.Epoch == 0 {
+				return "undecided"
+			}
+			if dir.OutIfindex != 0 {
+				return fmt.Sprintf("%s ifindex %d", actionNames[dir.Action], dir.OutIfindex)
+			}
+			return actionNames[dir.Action]
+		}
+		rows = append(rows, []string{protoName(k.Proto), src.String(), dst.String(), state, fmt.Sprintf("%ds", int32(c.Expires-now)/int32(hz)),
+			way(c.Orig), fmt.Sprint(c.Orig.Packets), fmt.Sprint(c.Orig.Bytes), way(c.Reply), fmt.Sprint(c.Reply.Packets), fmt.Sprint(c.Reply.Bytes), nat})
+	})
+	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
+	return columns, rows, err
+}
+
+var hookNames = [bpf.Hooks]string{
+	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookPodIn: "to-container", bpf.HookSock: "sock",
+}
+
+var slowNames = [bpf.CountRows]string{
+	bpf.SlowNot: "Success", bpf.SlowNew: "Slow path: new connection", bpf.SlowUndecided: "Slow path: direction not decided yet",
+	bpf.SlowEpoch: "Slow path: something changed", bpf.SlowDeadline: "Slow path: route due for another look",
+	bpf.SlowElsewhere: "Slow path: arrived at another device", bpf.SlowReopened: "Slow path: connection reopened",
+	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
+	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
+	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
+}
+
+var dropNames = map[uint8]string{
+	bpf.DropInvalidSource: "Invalid source ip", bpf.DropPolicy: "Policy denied", bpf.DropInvalid: "Invalid packet",
+	bpf.DropCTInvalid: "CT: Truncated or invalid header", bpf.DropUnsupportedL3: "Unsupported L3 protocol", bpf.DropWrite: "Error writing to packet",
+	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
+	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
+	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
+	bpf.DropNoEndpoint: "Endpoint program not available",
+}
+
+// DropName is the text of a drop reason, as the field's tools print it.
+func DropName(reason uint8) string {
+	if s, ok := dropNames[reason]; ok {
+		return s
+	}
+	return fmt.Sprintf("reason %d", reason)
+}
+
+var fileNames = map[uint8]string{
+	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileParse: "parse.h",
+	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
+}
+
+func sum(perCPU []bpf.Count) (total bpf.Count) {
+	for _, c := range perCPU {
+		total.Packets += c.Packets
+		total.Bytes += c.Bytes
+	}
+	return total
+}
+
+func (d *Datapath) dumpMetrics() ([]string, [][]string, error) {
+	columns := []string{"REASON", "HOOK", "PACKETS", "BYTES", "LINE", "FILE"}
+	var rows [][]string
+	for hook := range bpf.Hooks {
+		for why := range bpf.CountRows {
+			var perCPU []bpf.Count
+			if err := d.maps["lash_counts"].Lookup(uint32(hook*bpf.CountRows+why), &perCPU); err != nil {
+				return nil, nil, fmt.Errorf("read lash_counts: %w", err)
+			}
+			if c := sum(perCPU); c.Packets > 0 {
+				rows = append(rows, []string{slowNames[why], hookNames[hook], fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), "", ""})
+			}
+		}
+	}
+	var perCPU []bpf.Count
+	var k bpf.DropKey
+	it := d.maps["lash_drops"].Iterate()
+	for it.Next(&k, &perCPU) {
+		c := sum(perCPU)
+		hook := fmt.Sprint(k.Dir)
+		if int(k.Dir) < len(hookNames) {
+			hook = hookNames[k.Dir]
+		}
+		rows = append(rows, []string{DropName(k.Reason), hook, fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), fmt.Sprint(k.Line), fileNames[k.File]})
+	}
+	if err := it.Err(); err != nil {
+		return nil, nil, fmt.Errorf("read lash_drops: %w", err)
+	}
+	sort.SliceStable(rows, func(i, j int) bool { return rows[i][0] < rows[j][0] })
+	return columns, rows, nil
+}

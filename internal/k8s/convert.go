@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package k8s
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	v2 "github.com/lash-net/lash/api/v2"
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// problems collects what is wrong with one object.
+type problems []string // pairs of field and text
+
+func (p *problems) add(field, format string, args ...any) {
+	*p = append(*p, field, fmt.Sprintf(format, args...))
+}
+
+func (p *problems) addr(field, s string) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.Zone() != "" {
+		p.add(field, "%q is no IP address", s)
+		return netip.Addr{}, false
+	}
+	return a.Unmap(), true
+}
+
+func (p *problems) cidr(field, s string) (netip.Prefix, bool) {
+	c, err := netip.ParsePrefix(s)
+	if err != nil {
+		p.add(field, "%q is no CIDR, like 10.0.1.0/24", s)
+		return netip.Prefix{}, false
+	}
+	if c.Masked() != c {
+		p.add(field, "%s has bits set after its prefix; %s is used", c, c.Masked())
+	}
+	return c.Masked(), true
+}
+
+func convertNode(n *corev1.Node) (state.NodeObject, problems) {
+	var p problems
+	row := state.NodeObject{Source: model.SourceKubernetes, Name: n.Name, UID: string(n.UID)}
+	for i, a := range n.Status.Addresses {
+		if a.Type != corev1.NodeInternalIP {
+			continue
+		}
+		if addr, ok := p.addr(fmt.Sprintf("status.addresses[%d].address", i), a.Address); ok {
+			row.Addrs = append(row.Addrs, addr)
+		}
+	}
+	cidrs, field := n.Spec.PodCIDRs, "spec.podCIDRs[%d]"
+	if len(cidrs) == 0 && n.Spec.PodCIDR != "" {
+		cidrs, field = []string{n.Spec.PodCIDR}, "spec.podCIDR"
+	}
+	for i, s := range cidrs {
+		f := field
+		if strings.Contains(f, "%d") {
+			f = fmt.Sprintf(f, i)
+		}
+		if c, ok := p.cidr(f, s); ok {
+			row.PodCIDRs = append(row.PodCIDRs, c)
+		}
+	}
+	for _, t := range n.Spec.Taints {
+		row.Taints = append(row.Taints, t.Key)
+	}
+	for _, c := range n.Status.Conditions {
+		row.NetworkOK = row.NetworkOK || c.Type == corev1.NodeNetworkUnavailable && c.Status == corev1.ConditionFalse
+	}
+	return row, p
+}
+
+func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
+	var p problems
+	row := state.NodeObject{Source: model.SourceCustomResource, Name: n.Name, UID: string(n.UID), Error: n.Status.IPAM.OperatorStatus.Error}
+	for i, a := range n.Spec.Addresses {
+		var dst *[]netip.Addr
+		switch a.Type {
+		case v2.InternalIP:
+			dst = &row.Addrs
+		case v2.CiliumInternalIP:
+			dst = &row.Routers
+		default:
+			continue
+		}
+		if addr, ok := p.addr(fmt.Sprintf("spec.addresses[%d].ip", i), a.IP); ok {
+			*dst = append(*dst, addr)
+		}
+	}
+	for i, s := range n.Spec.IPAM.PodCIDRs {
+		if c, ok := p.cidr(fmt.Sprintf("spec.ipam.podCIDRs[%d]", i), s); ok {
+			row.PodCIDRs = append(row.PodCIDRs, c)
+		}
+	}
+	for _, ref := range n.OwnerReferences {
+		if ref.Kind == "Node" {
+			row.OwnerUID = string(ref.UID)
+		}
+	}
+	return row, p
+}
+
+func convertPod(pod *corev1.Pod) (state.Pod, problems) {
+	var p problems
+	row := state.Pod{
+		Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID),
+		HostNetwork: pod.Spec.HostNetwork, Phase: string(pod.Status.Phase), Labels: pod.Labels,
+		ServiceAccount: pod.Spec.ServiceAccountName, Terminating: pod.DeletionTimestamp != nil,
+	}
+	_, row.Mirror = pod.Annotations[corev1.MirrorPodAnnotationKey]
+	for _, ref := range pod.OwnerReferences {
+		row.Controlled = row.Controlled || ref.Controller != nil && *ref.Controller && ref.Kind != "Node"
+	}
+	for i, ip := range pod.Status.PodIPs {
+		if a, ok := p.addr(fmt.Sprintf("status.podIPs[%d].ip", i), ip.IP); ok {
+			row.IPs = append(row.IPs, a)
+		}
+	}
+	for _, cs := range pod.Status.ContainerStatuses {
+		row.Running = row.Running || cs.State.Running != nil
+	}
+	return row, p
+}
+
+func convertService(svc *corev1.Service) (state.Service, problems) {
+	var p problems
+	row := state.Service{
+		Namespace: svc.Namespace, Name: svc.Name, Type: string(svc.Spec.Type),
+		PublishNotReady: svc.Spec.PublishNotReadyAddresses,
+		InternalLocal:   svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
+	}
+	if row.Type == "" {
+		row.Type = string(corev1.ServiceTypeClusterIP)
+	}
+	if svc.Spec.SessionAffinity == corev1.ServiceAffinityClientIP {
+		row.SessionAffinitySec = int(corev1.DefaultClientIPServiceAffinitySeconds)
+		if c := svc.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil && c.ClientIP.TimeoutSeconds != nil {
+			row.SessionAffinitySec = int(*c.ClientIP.TimeoutSeconds)
+		}
+	}
+	ips := svc.Spec.ClusterIPs
+	if len(ips) == 0 && svc.Spec.ClusterIP != "" {
+		ips = []string{svc.Spec.ClusterIP}
+	}
+	for i, s := range ips {
+		if s == corev1.ClusterIPNone || s == "" {
+			continue
+		}
+		if a, ok := p.addr(fmt.Sprintf("spec.clusterIPs[%d]", i), s); ok {
+			row.ClusterIPs = append(row.ClusterIPs, a)
+		}
+	}
+	for i, sp := range svc.Spec.Ports {
+		proto, ok := protocol(sp.Protocol)
+		if !ok {
+			p.add(fmt.Sprintf("spec.ports[%d].protocol", i), "%q is none of TCP, UDP, SCTP", sp.Protocol)
+			continue
+		}
+		if sp.Port < 1 || sp.Port > 65535 {
+			p.add(fmt.Sprintf("spec.ports[%d].port", i), "%d is no port from 1 to 65535", sp.Port)
+			continue
+		}
+		row.Ports = append(row.Ports, state.ServicePort{Name: sp.Name, L4: model.L4{Proto: proto, Port: uint16(sp.Port)}})
+	}
+	return row, p
+}
+
+func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) {
+	var p problems
+	row := state.EndpointSlice{Namespace: s.Namespace, Name: s.Name, Service: s.Labels[discoveryv1.LabelServiceName]}
+	switch s.AddressType {
+	case discoveryv1.AddressTypeIPv4:
+	case discoveryv1.AddressTypeIPv6:
+		row.IPv6 = true
+	default: // FQDN: nothing that a packet could be sent to
+		return row, p
+	}
+	for i, sp := range s.Ports {
+		name, port, proto := "", int32(0), corev1.ProtocolTCP
+		if sp.Name != nil {
+			name = *sp.Name
+		}
+		if sp.Port != nil {
+			port = *sp.Port
+		}
+		if sp.Protocol != nil {
+			proto = *sp.Protocol
+		}
+		number, ok := protocol(proto)
+		if !ok {
+			p.add(fmt.Sprintf("ports[%d].protocol", i), "%q is none of TCP, UDP, SCTP", proto)
+			continue
+		}
+		if port < 0 || port > 65535 {
+			p.add(fmt.Sprintf("ports[%d].port", i), "%d is no port from 1 to 65535", port)
+			continue
+		}
+		row.Ports = append(row.Ports, state.SlicePort{Name: name, L4: model.L4{Proto: number, Port: uint16(port)}})
+	}
+	for i, e := range s.Endpoints {
+		// All addresses of an endpoint stand for the same pod, and consumers use the first (discovery/v1).
+		if len(e.Addresses) == 0 {
+			p.add(fmt.Sprintf("endpoints[%d].addresses", i), "is empty")
+			continue
+		}
+		a, ok := p.addr(fmt.Sprintf("endpoints[%d].addresses[0]", i), e.Addresses[0])
+		if !ok {
+			continue
+		}
+		if a.Is6() != row.IPv6 {
+			p.add(fmt.Sprintf("endpoints[%d].addresses[0]", i), "%s is not of addressType %s", a, s.AddressType)
+			continue
+		}
+		ready := e.Conditions.Ready == nil || *e.Conditions.Ready
+		se := state.SliceEndpoint{
+			Addr: a, Ready: ready, Serving: ready,
+			Terminating: e.Conditions.Terminating != nil && *e.Conditions.Terminating,
+		}
+		if e.Conditions.Serving != nil {
+			se.Serving = *e.Conditions.Serving
+		}
+		if e.NodeName != nil {
+			se.Node = *e.NodeName
+		}
+		row.Endpoints = append(row.Endpoints, se)
+	}
+	return row, p
+}
+
+func protocol(p corev1.Protocol) (uint8, bool) {
+	switch p {
+	case corev1.ProtocolTCP, "":
+		return model.ProtoTCP, true
+	case corev1.ProtocolUDP:
+		return model.ProtoUDP, true
+	case corev1.ProtocolSCTP:
+		return model.ProtoSCTP, true
+	}
+	return 0, false
+}

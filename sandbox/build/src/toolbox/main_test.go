@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestHTTPAnswersNameAndClient(t *testing.T) {
+	s := httptest.NewServer(handler("me"))
+	defer s.Close()
+	for path, want := range map[string]string{"/hostname": "me", "/clientip": "127.0.0.1:", "/echo?msg=hi": "hi", "/healthz": "ok"} {
+		r, err := s.Client().Get(s.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(r.Body)
+		r.Body.Close()
+		if err != nil || !strings.HasPrefix(string(b), want) {
+			t.Errorf("%s: %q %v, want %q", path, b, err, want)
+		}
+	}
+}
+
+func TestProbeCountsWhatIsLost(t *testing.T) {
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	go func() { // swallows every tenth message
+		buf := make([]byte, 100)
+		for i := 0; ; i++ {
+			n, from, err := c.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if i%10 != 3 {
+				_, _ = c.WriteTo(buf[:n], from)
+			}
+		}
+	}()
+	conn, err := net.Dial("udp", c.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	r := run(context.Background(), conn, time.Millisecond, 100*time.Millisecond)
+	if r.Sent < 20 || r.Lost < r.Sent/10-1 || r.Lost > r.Sent/10+1 || r.Error != "" {
+		t.Errorf("got %+v", r)
+	}
+}
+
+func TestProbeOverTCPLosesNothing(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() { _ = tcpEcho(l, "me") }()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
+		t.Errorf("got %+v", r)
+	}
+}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func files(t *testing.T, b []byte) map[string][]byte {
+	t.Helper()
+	out := map[string][]byte{}
+	r := tar.NewReader(bytes.NewReader(b))
+	for {
+		h, err := r.Next()
+		if err == io.EOF {
+			return out
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeSymlink {
+			data = []byte("-> " + h.Linkname)
+		}
+		out[h.Name] = data
+	}
+}
+
+func TestArchiveNamesItsLayerByDigest(t *testing.T) {
+	src := filepath.Join(t.TempDir(), "prog")
+	if err := os.WriteFile(src, []byte("program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	make := func() []byte {
+		tree := base()
+		if err := tree.Copy("/opt/x/prog", src, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		tree.Link("/bin/p", "/opt/x/prog")
+		var b bytes.Buffer
+		if err := tree.Write(&b, "amd64", Config{Entrypoint: []string{"/bin/p"}}, "sandbox.local/x:1", "sandbox.local/x:2"); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	one, two := make(), make()
+	if !bytes.Equal(one, two) {
+		t.Error("the same tree gives different archives")
+	}
+	f := files(t, one)
+	var manifest []struct {
+		Config   string
+		RepoTags []string
+		Layers   []string
+	}
+	if err := json.Unmarshal(f["manifest.json"], &manifest); err != nil || len(manifest) != 1 || len(manifest[0].RepoTags) != 2 {
+		t.Fatalf("manifest %s: %v", f["manifest.json"], err)
+	}
+	var cfg struct {
+		Config Config
+		Rootfs struct {
+			DiffIDs []string `json:"diff_ids"`
+		}
+	}
+	if err := json.Unmarshal(f[manifest[0].Config], &cfg); err != nil {
+		t.Fatal(err)
+	}
+	layer := f[manifest[0].Layers[0]]
+	sum := sha256.Sum256(layer)
+	if got, want := cfg.Rootfs.DiffIDs[0], "sha256:"+hex.EncodeToString(sum[:]); got != want {
+		t.Errorf("diff id %s, layer is %s", got, want)
+	}
+	l := files(t, layer)
+	if string(l["opt/x/prog"]) != "program" || string(l["bin/p"]) != "-> /opt/x/prog" {
+		t.Errorf("layer: %q %q", l["opt/x/prog"], l["bin/p"])
+	}
+	if _, ok := l["opt/x/"]; !ok {
+		t.Error("a parent directory is missing")
+	}
+}
+
+func TestCopyRefusesWhatIsNoFile(t *testing.T) {
+	if err := New().Copy("/x", t.TempDir(), 0o755); err == nil {
+		t.Error("a directory was accepted")
+	}
+	if err := New().Copy("/x", "/does/not/exist", 0o755); err == nil {
+		t.Error("a missing file was accepted")
+	}
+}
