@@ -9,9 +9,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrGates is the error of a run whose report shows a gate that was not kept.
@@ -72,6 +75,9 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 	if os.Geteuid() != 0 {
 		return errors.New("must run as root: it makes network namespaces and loads programs")
 	}
+	if err := enterMounts(); err != nil {
+		return err
+	}
 	report, err := Run(ctx, o)
 	if err != nil {
 		return err
@@ -89,6 +95,28 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 		return ErrGates
 	}
 	return nil
+}
+
+// mountsVariable tells the program that it has been executed again by enterMounts.
+const mountsVariable = "LASH_BENCH_MOUNTS"
+
+// enterMounts executes the program again in a mount namespace of its own, with a
+// bpffs that nobody else sees: what is pinned there goes with the process.
+func enterMounts() error {
+	if os.Getenv(mountsVariable) != "" {
+		return os.Unsetenv(mountsVariable)
+	}
+	runtime.LockOSThread() // exec takes over this thread's namespaces
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("mount namespace: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("bpf", bpfRoot, "bpf", 0, ""); err != nil {
+		return fmt.Errorf("mount a bpffs at %s: %w", bpfRoot, err)
+	}
+	return fmt.Errorf("execute again: %w", unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), mountsVariable+"=1")))
 }
 
 func items(s string) []string {

@@ -38,10 +38,13 @@ func Paths() []Path {
 	return []Path{
 		{Name: Direct, Group: SameNode, Setup: direct},
 		{Name: "limit-same", Group: SameNode, Against: Direct, Setup: limitSame},
+		{Name: "lash-same", Group: SameNode, Against: Direct, Gated: true, Setup: lashSame},
 		{Name: "routed-same", Group: SameNode, Against: Direct, Extra: true, Setup: routedSame},
 		{Name: Bare, Group: AcrossNode, Setup: bareNodes},
 		{Name: "limit-across", Group: AcrossNode, Against: Bare, Setup: limitAcross},
+		{Name: "lash-across", Group: AcrossNode, Against: Bare, Gated: true, Setup: lashAcross},
 		{Name: "routed-across", Group: AcrossNode, Against: Bare, Extra: true, Setup: routedAcross},
+		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
 	}
 }
 

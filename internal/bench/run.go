@@ -59,37 +59,40 @@ type bed struct {
 
 // newBed sets all paths up. It must be called, and the bed used, on a locked
 // thread: the workers die with it.
-func newBed(o Options) (b *bed, err error) {
-	b = &bed{}
-	defer func() {
-		if err != nil {
-			b.close()
-		}
-	}()
-	if b.cpus, err = pickCPUs(); err != nil {
+func newBed(o Options) (*bed, error) {
+	b := &bed{}
+	if err := b.setUp(o); err != nil {
+		b.close()
 		return nil, err
 	}
+	return b, nil
+}
+
+func (b *bed) setUp(o Options) (err error) {
+	if b.cpus, err = pickCPUs(); err != nil {
+		return err
+	}
 	if b.topology, err = NewTopology(); err != nil {
-		return nil, err
+		return err
 	}
 	for _, p := range o.Paths {
 		w := &wired{Path: p}
 		b.paths = append(b.paths, w)
 		if w.pair, err = p.Setup(b.topology); err != nil {
-			return nil, fmt.Errorf("path %s: %w", p.Name, err)
+			return fmt.Errorf("path %s: %w", p.Name, err)
 		}
 		if w.client, err = startWorker(w.pair.Client); err != nil {
-			return nil, err
+			return err
 		}
 		if w.server, err = startWorker(w.pair.Server); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	b.congestion = "reno" // always there; cubic is what most systems use
 	if b.check("cubic") == nil {
 		b.congestion = "cubic"
 	}
-	return b, nil
+	return nil
 }
 
 // check asks a worker to listen with the algorithm: it may not be in this kernel.
@@ -211,6 +214,11 @@ func (b *bed) rounds(ctx context.Context, o Options) ([]Cell, error) {
 					c.Value = value(kind, client, server)
 				}
 				cells = append(cells, *c)
+			}
+		}
+		if c := b.topology.cluster; c != nil {
+			if err := c.sweep(ctx); err != nil {
+				return cells, err
 			}
 		}
 		spent := time.Since(begin)

@@ -12,10 +12,11 @@ import (
 
 // Topology is a switch and what the paths connect to it. Close removes all.
 type Topology struct {
-	sw    *Netns
-	all   []*Netns
-	nodes int
-	undo  []func()
+	sw      *Netns
+	all     []*Netns
+	nodes   int
+	undo    []func()
+	cluster *lashCluster // if a path of Lash's is among those set up
 }
 
 // Node is a network namespace with eth0 on the switch.
