@@ -16,7 +16,7 @@ import (
 	"github.com/lash-net/lash/internal/model"
 )
 
-// bpfRoot is a bpffs of this process's own mount namespace (see enterMounts).
+// bpfRoot is a bpffs of this process's own mount namespace (see EnterMounts).
 const bpfRoot = "/sys/fs/bpf"
 
 // strangers is how many other nodes the ipcache knows beside the two of the

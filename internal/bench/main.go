@@ -75,7 +75,7 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 	if os.Geteuid() != 0 {
 		return errors.New("must run as root: it makes network namespaces and loads programs")
 	}
-	if err := enterMounts(); err != nil {
+	if err := EnterMounts(); err != nil {
 		return err
 	}
 	report, err := Run(ctx, o)
@@ -97,12 +97,12 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 	return nil
 }
 
-// mountsVariable tells the program that it has been executed again by enterMounts.
+// mountsVariable tells the program that it has been executed again by EnterMounts.
 const mountsVariable = "LASH_BENCH_MOUNTS"
 
-// enterMounts executes the program again in a mount namespace of its own, with a
+// EnterMounts executes the program again in a mount namespace of its own, with a
 // bpffs that nobody else sees: what is pinned there goes with the process.
-func enterMounts() error {
+func EnterMounts() error {
 	if os.Getenv(mountsVariable) != "" {
 		return os.Unsetenv(mountsVariable)
 	}

@@ -174,3 +174,11 @@ func (t *Topology) wirePod(n *Node) (*pod, error) {
 		ns.AddRoute(netip.PrefixFrom(netip.IPv4Unspecified(), 0), r4, "eth0"),
 		ns.AddRoute(netip.PrefixFrom(netip.IPv6Unspecified(), 0), r6, "eth0"))
 }
+
+// AddDefaultRoutes routes everything by an address of the switch's subnet that
+// nobody has: what a node's default route looks like.
+func (n *Node) AddDefaultRoutes() error {
+	return errors.Join(
+		n.AddRoute(netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.AddrFrom4([4]byte{192, 168, 76, 254}), "eth0"),
+		n.AddRoute(netip.PrefixFrom(netip.IPv6Unspecified(), 0), netip.MustParseAddr("fd76::fe"), "eth0"))
+}
