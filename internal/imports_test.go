@@ -16,27 +16,6 @@ import (
 
 const module = "github.com/lash-net/lash/"
 
-<<<<<<< HEAD
-// allowed names, for each layer, what of this module it may import.
-var allowed = map[string][]string{
-	"internal/model":           {},
-	"internal/version":         {},
-	"internal/state":           {"internal/model", "internal/reconcile", "api/agent"},
-	"internal/config":          {"internal/model"},
-	"internal/reconcile":       {},
-	"internal/node":            {"internal/model", "internal/state", "internal/reconcile"},
-	"internal/service":         {"internal/model", "internal/state"},
-	"internal/ipam":            {"internal/model", "internal/state"},
-	"internal/podcidr":         {"internal/model", "internal/state"},
-	"internal/k8s":             {"api/", "internal/model", "internal/state", "internal/reconcile"},
-	"bpf":                      {},
-	"internal/datapath":        {"bpf", "internal/model", "internal/state", "internal/reconcile"},
-	"internal/datapath/netdev": {"bpf", "internal/model", "internal/state", "internal/reconcile"},
-	"internal/cni":             {},
-	"internal/endpoint":        {"api/", "internal/model", "internal/state", "internal/cni"},
-	"internal/server":          {"api/", "internal/model", "internal/state", "internal/reconcile"},
-	"cmd/lash-cni":             {"internal/cni", "internal/model"},
-=======
 // rule says what the packages below path may import: of this module, and of other modules (by prefix). Nothing is said
 // about the standard library, nor about tests.
 type rule struct {
@@ -95,7 +74,6 @@ type goPackage struct {
 	ImportPath string
 	Standard   bool
 	Imports    []string
->>>>>>> control
 }
 
 func TestImportRules(t *testing.T) {

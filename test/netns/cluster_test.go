@@ -93,7 +93,9 @@ type options struct {
 	podsPerNode   int
 }
 
-func addr(format string, args ...any) netip.Addr { return netip.MustParseAddr(fmt.Sprintf(format, args...)) }
+func addr(format string, args ...any) netip.Addr {
+	return netip.MustParseAddr(fmt.Sprintf(format, args...))
+}
 
 const (
 	outside4 = "172.18.0.200"
@@ -134,7 +136,9 @@ func ip(t *testing.T, ns *os.File, commands ...string) {
 }
 
 func (nd *node) cidr4() netip.Prefix { return netip.MustParsePrefix(fmt.Sprintf("10.0.%d.0/24", nd.n)) }
-func (nd *node) cidr6() netip.Prefix { return netip.MustParsePrefix(fmt.Sprintf("fd00:0:0:%d::/64", nd.n)) }
+func (nd *node) cidr6() netip.Prefix {
+	return netip.MustParsePrefix(fmt.Sprintf("fd00:0:0:%d::/64", nd.n))
+}
 func (nd *node) router4() netip.Addr { return addr("10.0.%d.1", nd.n) }
 func (nd *node) router6() netip.Addr { return addr("fd00:0:0:%d::1", nd.n) }
 

@@ -136,9 +136,11 @@ func exchange(ns *os.File, at netip.AddrPort, size int) (seen string, err error)
 	return seen, err
 }
 
-func TestTrafficBPFHostRouting(t *testing.T)    { testTraffic(t, options{podsPerNode: 2}) }
-func TestTrafficLegacyHostRouting(t *testing.T) { testTraffic(t, options{podsPerNode: 2, legacy: true}) }
-func TestTrafficClsact(t *testing.T)            { testTraffic(t, options{podsPerNode: 2, noTCX: true}) }
+func TestTrafficBPFHostRouting(t *testing.T) { testTraffic(t, options{podsPerNode: 2}) }
+func TestTrafficLegacyHostRouting(t *testing.T) {
+	testTraffic(t, options{podsPerNode: 2, legacy: true})
+}
+func TestTrafficClsact(t *testing.T) { testTraffic(t, options{podsPerNode: 2, noTCX: true}) }
 
 func testTraffic(t *testing.T, o options) {
 	c := newCluster(t, o)
