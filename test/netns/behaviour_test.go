@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package netns
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/testutil"
+)
+
+// forwarded is how many packets the namespace's own IP stack forwarded, by family.
+func forwarded(t *testing.T, ns *os.File) (v4, v6 int) {
+	t.Helper()
+	lines := strings.Split(testutil.In(t, ns, "cat", "/proc/net/snmp"), "\n")
+	for i := 1; i < len(lines); i++ {
+		if names := strings.Fields(lines[i-1]); strings.HasPrefix(lines[i], "Ip:") && names[1] == "Forwarding" {
+			for k, name := range names {
+				if name == "ForwDatagrams" {
+					v4, _ = strconv.Atoi(strings.Fields(lines[i])[k])
+				}
+			}
+		}
+	}
+	for line := range strings.Lines(testutil.In(t, ns, "cat", "/proc/net/snmp6")) {
+		if f := strings.Fields(line); f[0] == "Ip6OutForwDatagrams" {
+			v6, _ = strconv.Atoi(f[1])
+		}
+	}
+	return v4, v6
+}
+
+func TestBPFHostRoutingBypassesTheStack(t *testing.T) {
+	for _, legacy := range []bool{false, true} {
+		c := newCluster(t, options{podsPerNode: 1, legacy: legacy})
+		a, far := c.nodes[0].pods[0], c.nodes[1].pods[0]
+		for _, dst := range []netip.Addr{far.ip4, far.ip6} {
+			if _, err := exchange(a.ns, serve(t, far.ns, dst), 1<<20); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, n := range c.nodes {
+			v4, v6 := forwarded(t, n.ns)
+			if stack := v4 > 0 && v6 > 0; stack != legacy || !legacy && v4+v6 > 0 {
+				t.Errorf("legacy %v, node %d: the stack forwarded %d IPv4 and %d IPv6 packets", legacy, n.n, v4, v6)
+			}
+		}
+	}
+}
+
+func TestColdNeighbourLosesNoPacket(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 1})
+	a, far := c.nodes[0].pods[0], c.nodes[1].pods[0]
+	for _, dst := range []netip.Addr{far.ip4, far.ip6} {
+		for _, n := range c.nodes {
+			ip(t, n.ns, "neigh flush all")
+		}
+		if out, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "3", dst.String()); err != nil {
+			t.Errorf("first packet to %s: %v\n%s", dst, err, out)
+		}
+	}
+}
+
+func TestRouteChangedByHandIsFollowed(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 1})
+	n1, n2 := c.nodes[0], c.nodes[1]
+	a, far := n1.pods[0], n2.pods[0]
+	reach := func() bool {
+		_, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "1", far.ip4.String())
+		return err == nil
+	}
+	until := func(want bool) {
+		t.Helper()
+		for deadline := time.Now().Add(5 * time.Second); reach() != want; {
+			if time.Now().After(deadline) {
+				t.Fatalf("reachable: %v for 5 s after the change", !want)
+			}
+		}
+	}
+	until(true)
+	ip(t, n1.ns, fmt.Sprintf("route replace %s via 172.18.0.99 dev eth0", n2.cidr4()))
+	until(false)
+	ip(t, n1.ns, fmt.Sprintf("route replace %s via %s dev eth0", n2.cidr4(), n2.ip4))
+	until(true)
+}
+
+func TestStackAnswersWhatCannotGoOn(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 1})
+	n1, n2 := c.nodes[0], c.nodes[1]
+	a, far := n1.pods[0], n2.pods[0]
+	if out, _ := try(a.ns, "ping", "-n", "-c", "1", "-t", "1", "-W", "2", far.ip4.String()); !strings.Contains(out, "Time to live exceeded") {
+		t.Errorf("TTL 1 gave no answer:\n%s", out)
+	}
+	if out, _ := try(a.ns, "ping", "-n", "-c", "1", "-t", "1", "-W", "2", far.ip6.String()); !strings.Contains(out, "Hop limit") {
+		t.Errorf("hop limit 1 gave no answer:\n%s", out)
+	}
+	ip(t, n1.ns, fmt.Sprintf("route replace %s via %s dev eth0 mtu lock 1400", n2.cidr4(), n2.ip4))
+	if err := n1.dp.Raise("route changed"); err != nil {
+		t.Fatal(err)
+	}
+	if out, _ := try(a.ns, "ping", "-n", "-c", "2", "-M", "do", "-s", "1440", "-W", "2", far.ip4.String()); !strings.Contains(strings.ToLower(out), "frag needed") && !strings.Contains(out, "mtu=1400") && !strings.Contains(out, "mtu = 1400") {
+		t.Errorf("a packet larger than the route's MTU gave no answer:\n%s", out)
+	}
+}
+
+// dropped is how many packets the node dropped for a reason.
+func dropped(t *testing.T, n *node, reason string) (total int) {
+	t.Helper()
+	n.do(t, "metrics", func() error {
+		_, rows, err := n.dp.Dump("metrics")
+		for _, r := range rows {
+			if r[0] == reason && r[5] != "" {
+				k, _ := strconv.Atoi(r[2])
+				total += k
+			}
+		}
+		return err
+	})
+	return total
+}
+
+func TestNobodySendsUnderAnothersAddress(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 2})
+	n := c.nodes[0]
+	a, b := n.pods[0], n.pods[1]
+	ip(t, a.ns, "addr add 10.0.1.77/32 dev eth0", "addr add fd00:0:0:1::77/128 dev eth0 nodad")
+	for _, pair := range [][2]string{{"10.0.1.77", b.ip4.String()}, {"fd00:0:0:1::77", b.ip6.String()}} {
+		before := dropped(t, n, "Invalid source ip")
+		if out, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "1", "-I", pair[0], pair[1]); err == nil {
+			t.Errorf("%s got through\n%s", pair[0], out)
+		}
+		if after := dropped(t, n, "Invalid source ip"); after <= before {
+			t.Errorf("the drop of %s was not counted", pair[0])
+		}
+	}
+}
+
+func TestForwardingGoesOnWithoutTheAgent(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 1})
+	a, far := c.nodes[0].pods[0], c.nodes[1].pods[0]
+	at := serve(t, far.ns, far.ip4)
+	for _, n := range c.nodes {
+		n.do(t, "close", n.dp.Close)
+	}
+	if _, err := exchange(a.ns, at, 1<<20); err != nil {
+		t.Errorf("new connection without an agent: %v", err)
+	}
+	// Another agent, with its programs anew, under a running ping.
+	done := make(chan error)
+	go func() {
+		out, err := try(a.ns, "ping", "-n", "-q", "-c", "300", "-i", "0.005", far.ip4.String())
+		if err == nil && !strings.Contains(out, " 0% packet loss") {
+			err = fmt.Errorf("packets were lost:\n%s", out)
+		}
+		done <- err
+	}()
+	n := c.nodes[0]
+	n.do(t, "open again", func() error {
+		if err := n.open(c, options{}); err != nil {
+			return err
+		}
+		return n.dp.AttachPod(a.ifindex, a.name)
+	})
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSweepRemovesWhatIsGone(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 2})
+	n := c.nodes[0]
+	a, b := n.pods[0], n.pods[1]
+	if _, err := exchange(a.ns, serve(t, b.ns, b.ip4), 1000); err != nil {
+		t.Fatal(err)
+	}
+	n.do(t, "sweep", func() error {
+		ctx := context.Background()
+		if err := n.dp.Endpoints().Delete(ctx, b.ip4); err != nil {
+			return err
+		}
+		s, err := n.dp.Sweep(ctx)
+		if err != nil {
+			return err
+		}
+		if s.Orphaned == 0 {
+			return fmt.Errorf("nothing of the departed pod was removed: %+v", s)
+		}
+		s, err = n.dp.Sweep(ctx)
+		if err == nil && s.Orphaned+s.Expired != 0 {
+			err = fmt.Errorf("the second sweep found %+v", s)
+		}
+		return err
+	})
+}
+
+func TestServiceRowsAreReadBackAsWritten(t *testing.T) {
+	c := newCluster(t, options{})
+	n := c.nodes[0]
+	n.do(t, "services", func() error {
+		ctx, target := context.Background(), n.dp.Services()
+		f := model.Frontend{Addr: addr("10.96.0.10"), L4: model.L4{Proto: model.ProtoUDP, Port: 53}}
+		entry := func(backends ...string) (e model.FrontendEntry) {
+			e.ID = 7
+			for _, b := range backends {
+				e.Backends = append(e.Backends, model.Backend{Addr: addr("%s", b), Port: 53, Proto: model.ProtoUDP, State: model.BackendActive})
+			}
+			return e
+		}
+		for _, want := range []model.FrontendEntry{entry("10.0.1.5", "10.0.2.5", "10.0.2.6"), entry("10.0.2.6"), entry()} {
+			if err := target.Put(ctx, f, want); err != nil {
+				return err
+			}
+			rows, err := target.List(ctx)
+			if err != nil {
+				return err
+			}
+			if got := rows[f]; got.ID != want.ID || len(got.Backends) != len(want.Backends) {
+				return fmt.Errorf("wrote %+v, read %+v", want, got)
+			}
+		}
+		if err := target.Delete(ctx, f); err != nil {
+			return err
+		}
+		rows, err := target.List(ctx)
+		if err == nil && len(rows) != 0 {
+			err = fmt.Errorf("left: %+v", rows)
+		}
+		return err
+	})
+}
