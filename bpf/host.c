@@ -49,7 +49,7 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 		decide_stack(&back, ep->ifindex, ACTION_HOST, FOREVER);
 		dir_publish(other, &back, epoch);
 	}
-	action = carry_out(skb, p, HOOK_HOST, c, &forth, &p->dst, p->dport);
+	action = carry_out(skb, p, HOOK_HOST, c, &forth, &k);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -57,7 +57,7 @@ SEC("tc")
 int from_host(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
-	struct pkt p;
+	struct pkt p, *slow;
 	int verdict;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
@@ -68,8 +68,13 @@ int from_host(struct __sk_buff *skb)
 		return VERDICT_DROP; /* lash_host is NOARP: nothing else has a meaning on it */
 	if (!verdict) {
 		verdict = conn_fast(skb, &p, HOOK_HOST, IN_HOST, &why);
-		if (verdict == NOT_FAST)
-			verdict = from_host_slow(skb, &p, why);
+		if (verdict == NOT_FAST) {
+			slow = slow_pkt(&p);
+			if (!slow)
+				return VERDICT_DROP;
+			verdict = from_host_slow(skb, slow, why);
+			return verdict < NOT_FAST ? drop(skb, slow, HOOK_HOST, verdict) : verdict;
+		}
 	}
 	return verdict < NOT_FAST ? drop(skb, &p, HOOK_HOST, verdict) : verdict;
 }

@@ -360,12 +360,21 @@ struct {
 	__type(value, struct count);
 } lash_counts SEC(".maps");
 
-/* --- lash_scratch: one record's worth of memory a CPU, too big for the stack. */
+/* --- lash_scratch: memory a CPU for what is too big for the stack. */
+struct scratch {
+	struct conn conn;
+	struct conn_key key;     /* the packet's */
+	struct conn_key nat_key; /* the translated one */
+	__u8 fib[64];            /* struct bpf_fib_lookup */
+	__u8 pkt[80];            /* struct pkt */
+	__u8 plan[160];          /* struct plan */
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct conn);
+	__type(value, struct scratch);
 } lash_scratch SEC(".maps");
 
 #endif

@@ -24,12 +24,12 @@ static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 
 {
 	struct hop hop = {};
 	__u32 unused = 0, zero = 0;
-	struct conn *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 
 	if (!scratch || route(skb, p, true, &hop, &unused) != ACTION_EGRESS || !bpf_map_lookup_elem(&lash_devices, &hop.ifindex))
 		return 0;
-	decide_egress(&scratch->reply, pod_ifindex, &hop, 0);
-	dir_publish(d, &scratch->reply, epoch);
+	decide_egress(&scratch->conn.reply, pod_ifindex, &hop, 0);
+	dir_publish(d, &scratch->conn.reply, epoch);
 	return 0;
 }
 
@@ -78,7 +78,7 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 		count(HOOK_NETDEV, SLOW_TTL, skb->len);
 		return VERDICT_OK;
 	}
-	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &p->dst, p->dport);
+	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -124,8 +124,22 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	count(HOOK_NETDEV, SLOW_ICMP_ERROR, skb->len);
 	if (!cfg_host_routing)
 		return VERDICT_OK;
-	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &pod, port);
+	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
+}
+
+/* may_answer_masqueraded tells most of the node's own traffic apart by its port. */
+static __always_inline bool may_answer_masqueraded(const struct pkt *p)
+{
+	__u16 port = bpf_ntohs(p->dport);
+
+	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
+		return true;
+	if (p->flags & PKT_ECHO)
+		return p->dport != 0;
+	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
+		return port >= cfg_snat_min && port <= cfg_snat_max;
+	return p->proto != IPPROTO_ICMPV6;
 }
 
 /* A packet to the node itself, which may answer a masqueraded one. */
@@ -134,28 +148,15 @@ static __noinline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
 	struct conn_key translated, k;
 	struct addr pod;
 	struct conn *c;
-	__be16 pod_port;
-	__u16 port;
 	int verdict;
 
-	if (p->flags & PKT_ICMP_ERROR)
-		return from_netdev_error(skb, p);
 	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
 		return VERDICT_OK;
-	port = bpf_ntohs(p->dport);
-	if (p->proto == IPPROTO_ICMP || p->proto == IPPROTO_ICMPV6) {
-		if (!(p->flags & PKT_ECHO) || !p->dport)
-			return VERDICT_OK;
-	} else if ((p->flags & PKT_PORTS || p->flags & PKT_LATER) && (port < cfg_snat_min || port > cfg_snat_max) &&
-		   p->proto != IPPROTO_SCTP) {
-		return VERDICT_OK;
-	}
 	pkt_key(&translated, p);
 	c = nat_owner(&translated, &k);
 	if (!c)
 		return VERDICT_OK;
 	pod = c->flags & CONN_INITIATOR_HI ? k.hi : k.lo;
-	pod_port = c->flags & CONN_INITIATOR_HI ? k.hi_port : k.lo_port;
 	if (c->reply.epoch != current_epoch() || c->reply.in != IN_NETDEV || p->ttl <= 1 || !cfg_host_routing) {
 		struct endpoint *ep = endpoint_of(&pod);
 		struct conn_dir forth = {};
@@ -170,20 +171,25 @@ static __noinline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
 		count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
 		conn_see(c, &c->reply, p, false, skb->len, ticks());
 		dir_publish(&c->reply, &forth, forth.action == ACTION_PASS ? 0 : current_epoch());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, &forth, &pod, pod_port);
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	} else {
 		count(HOOK_NETDEV, SLOW_NOT, skb->len);
 		conn_see(c, &c->reply, p, false, skb->len, ticks());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, &pod, pod_port);
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, &k);
 	}
 	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
+}
+
+static __always_inline int to_node(struct __sk_buff *skb, struct pkt *p)
+{
+	return p->flags & PKT_ICMP_ERROR ? from_netdev_error(skb, p) : from_netdev_nat(skb, p);
 }
 
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
-	struct pkt p;
+	struct pkt p, *slow;
 	int verdict;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
@@ -199,15 +205,24 @@ int from_netdev(struct __sk_buff *skb)
 
 	if (for_pods(&p, &p.dst)) {
 		verdict = cfg_host_routing ? conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why) : NOT_FAST;
-		if (verdict == NOT_FAST)
-			verdict = from_netdev_slow(skb, &p, why);
+		if (verdict != NOT_FAST)
+			return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV, verdict) : verdict;
+		slow = slow_pkt(&p);
+		if (!slow)
+			return VERDICT_DROP;
+		verdict = from_netdev_slow(skb, slow, why);
 		/* Without a pod CIDR to go by, the node's own addresses come here too. */
-		if (verdict == VERDICT_OK && !mask_set(cfg_pod4_mask) && !mask_set(cfg_pod6_mask))
-			verdict = from_netdev_nat(skb, &p);
+		if (verdict == VERDICT_OK && (slow->v6 ? !mask_set(cfg_pod6_mask) : !mask_set(cfg_pod4_mask)))
+			verdict = to_node(skb, slow);
 	} else {
-		verdict = from_netdev_nat(skb, &p);
+		if (!may_answer_masqueraded(&p))
+			return VERDICT_OK;
+		slow = slow_pkt(&p);
+		if (!slow)
+			return VERDICT_DROP;
+		verdict = to_node(skb, slow);
 	}
-	return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV, verdict) : verdict;
+	return verdict < NOT_FAST ? drop(skb, slow, HOOK_NETDEV, verdict) : verdict;
 }
 
 static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
@@ -242,7 +257,7 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	count(HOOK_NETDEV_OUT, c->flags & CONN_NAT ? SLOW_MASQUERADE : SLOW_NOT, skb->len);
 	if (!(c->flags & CONN_NAT))
 		return VERDICT_OK;
-	if (nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port))
+	if (nat_apply(skb, p, c, &k, DIR_TO_NAT))
 		return DROP(p, DROP_WRITE);
 	return VERDICT_OK;
 }
@@ -250,7 +265,7 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 SEC("tc")
 int to_netdev(struct __sk_buff *skb)
 {
-	struct pkt p;
+	struct pkt p, *slow;
 	int verdict;
 
 	if (likely((skb->mark & MARK_MASK) == MARK_DONE))
@@ -265,8 +280,11 @@ int to_netdev(struct __sk_buff *skb)
 		return VERDICT_OK;
 	if (verdict || !for_pods(&p, &p.src))
 		return VERDICT_OK;
-	verdict = to_netdev_slow(skb, &p);
-	return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV_OUT, verdict) : verdict;
+	slow = slow_pkt(&p);
+	if (!slow)
+		return VERDICT_DROP;
+	verdict = to_netdev_slow(skb, slow);
+	return verdict < NOT_FAST ? drop(skb, slow, HOOK_NETDEV_OUT, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -62,7 +62,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 }
 
 /* A pod's report about what reached it by way of a masqueraded connection. */
-static __always_inline int translate_report(struct __sk_buff *skb, struct pkt *p)
+static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
 {
 	struct conn_key k;
 	struct inner in;
@@ -82,16 +82,25 @@ static __always_inline int translate_report(struct __sk_buff *skb, struct pkt *p
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
-	__u32 in = skb->ifindex;
-	struct plan plan = { .why = why };
+	__u32 in = skb->ifindex, zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct plan *plan;
 	struct endpoint *ep;
 	struct iface *iface;
-	struct conn_key k;
+	struct conn_key *k;
 	struct conn_dir *d;
 	struct conn *c;
 	bool from_hi, orig;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
+
+	_Static_assert(sizeof(*plan) <= sizeof(scratch->plan), "struct plan outgrew its place in struct scratch");
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
+	plan = (struct plan *)scratch->plan;
+	__builtin_memset(plan, 0, sizeof(*plan));
+	plan->why = why;
+	k = &scratch->key;
 
 	/* Who is it? Nobody sends under another's address. */
 	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
@@ -113,8 +122,8 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	/* Services that the socket hook could not translate come in here. */
 
 	/* The connection. */
-	from_hi = pkt_key(&k, p);
-	c = conn_open(skb, p, &k, from_hi, &err);
+	from_hi = pkt_key(k, p);
+	c = conn_open(skb, p, k, from_hi, &err);
 	if (!c)
 		return err;
 	orig = conn_from_initiator(c, from_hi);
@@ -124,60 +133,60 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	/* The way. */
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
-		decide_pod(&plan.forth, in, ep, DIR_TTL);
-		plan.back.in = ep->ifindex;
-		plan.back.action = ACTION_PEER;
-		plan.back.flags = DIR_TTL;
-		plan.back.out_ifindex = in;
-		plan.back.dmac = iface->mac;
-		plan.back.smac = iface->node_mac;
-		plan.back.deadline = ticks() + FOREVER;
+		decide_pod(&plan->forth, in, ep, DIR_TTL);
+		plan->back.in = ep->ifindex;
+		plan->back.action = ACTION_PEER;
+		plan->back.flags = DIR_TTL;
+		plan->back.out_ifindex = in;
+		plan->back.dmac = iface->mac;
+		plan->back.smac = iface->node_mac;
+		plan->back.deadline = ticks() + FOREVER;
 		action = ACTION_PEER;
 	} else if (ep) {
-		decide_stack(&plan.forth, in, ACTION_HOST, FOREVER);
-		plan.back.in = IN_HOST;
-		plan.back.action = ACTION_PEER;
-		plan.back.out_ifindex = in;
-		plan.back.dmac = iface->mac;
-		plan.back.smac = iface->node_mac;
-		plan.back.deadline = ticks() + FOREVER;
+		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
+		plan->back.in = IN_HOST;
+		plan->back.action = ACTION_PEER;
+		plan->back.out_ifindex = in;
+		plan->back.dmac = iface->mac;
+		plan->back.smac = iface->node_mac;
+		plan->back.deadline = ticks() + FOREVER;
 		action = ACTION_HOST;
 	} else {
-		action = plan_route(skb, p, &plan, iface, &k, c, orig);
+		action = plan_route(skb, p, plan, iface, k, c, orig);
 		if (action < 0)
 			return action;
 	}
 	d = orig ? &c->orig : &c->reply;
 	conn_see(c, d, p, orig, skb->len, ticks());
-	count(HOOK_POD, plan.why, skb->len);
+	count(HOOK_POD, plan->why, skb->len);
 
 	/* A neighbour that is not known is found by the packet itself, and one that is
 	 * known is checked again each time the route is. Neither is remembered half. */
 	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
-		if (p->ttl <= 1 || too_big(skb, p, plan.hop.mtu ?: 0xffff))
+		if (p->ttl <= 1 || too_big(skb, p, plan->hop.mtu ?: 0xffff))
 			return to_host(skb, p);
 		if (action == ACTION_EGRESS)
-			dir_publish(d, &plan.forth, epoch);
-		if (plan.forth.flags & DIR_TO_NAT && nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port))
+			dir_publish(d, &plan->forth, epoch);
+		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
 			return DROP(p, DROP_WRITE);
-		err = by_neighbour(skb, p, &plan.hop);
+		err = by_neighbour(skb, p, &plan->hop);
 		return err == -1 ? DROP(p, DROP_WRITE) : err;
 	}
-	dir_publish(d, &plan.forth, epoch);
-	if (plan.back.action && !(p->flags & PKT_ICMP_ERROR))
-		dir_publish(orig ? &c->reply : &c->orig, &plan.back, epoch);
+	dir_publish(d, &plan->forth, epoch);
+	if (plan->back.action && !(p->flags & PKT_ICMP_ERROR))
+		dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
 	/* What the stack answers better: time exceeded, fragmentation needed. */
 	if (action != ACTION_HOST &&
-	    ((p->ttl <= 1 && (plan.forth.flags & DIR_TTL)) || (plan.forth.mtu && too_big(skb, p, plan.forth.mtu)))) {
+	    ((p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu)))) {
 		count(HOOK_POD, p->ttl <= 1 ? SLOW_TTL : SLOW_MTU, skb->len);
 		action = to_host(skb, p);
 		return action == -1 ? DROP(p, DROP_WRITE) : action;
 	}
-	action = carry_out(skb, p, HOOK_POD, c, &plan.forth, &p->dst, p->dport);
+	action = carry_out(skb, p, HOOK_POD, c, &plan->forth, k);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-static __always_inline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bool *done)
+static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bool *done)
 {
 	__u32 in = skb->ifindex;
 	struct iface *iface;
@@ -205,7 +214,7 @@ int from_container(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
 	__u32 in = skb->ifindex;
-	struct pkt p;
+	struct pkt p, *slow;
 	int verdict;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
@@ -233,8 +242,13 @@ int from_container(struct __sk_buff *skb)
 	}
 	if (!verdict) {
 		verdict = conn_fast(skb, &p, HOOK_POD, in, &why);
-		if (verdict == NOT_FAST)
-			verdict = from_container_slow(skb, &p, why);
+		if (verdict == NOT_FAST) {
+			slow = slow_pkt(&p);
+			if (!slow)
+				return VERDICT_DROP;
+			verdict = from_container_slow(skb, slow, why);
+			return verdict < NOT_FAST ? drop(skb, slow, HOOK_POD, verdict) : verdict;
+		}
 	}
 	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
 }

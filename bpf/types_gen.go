@@ -145,6 +145,16 @@ type Runtime struct {
 	Ticks uint64
 }
 
+// Scratch is struct scratch, 512 bytes.
+type Scratch struct {
+	Conn   Conn
+	Key    ConnKey
+	NATKey ConnKey
+	FIB    [64]uint8
+	Pkt    [80]uint8
+	Plan   [160]uint8
+}
+
 // Service is struct service, 16 bytes.
 type Service struct {
 	ID    uint32

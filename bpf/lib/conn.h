@@ -104,6 +104,7 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 {
 	struct conn *c = bpf_map_lookup_elem(&lash_conn, k);
 	__u32 now = ticks(), zero = 0;
+	struct scratch *scratch;
 	struct conn *fresh;
 
 	if (c) {
@@ -122,11 +123,12 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 			bpf_map_delete_elem(&lash_nat, &nk);
 		}
 	}
-	fresh = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!fresh) {
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch) {
 		*err = DROP(p, DROP_CT_INSERT);
 		return NULL;
 	}
+	fresh = &scratch->conn;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	fresh->flags = from_hi ? CONN_INITIATOR_HI : 0;
 	fresh->created = now;

@@ -68,17 +68,15 @@ static __always_inline int to_host(struct __sk_buff *skb, const struct pkt *p)
 
 /* carry_out rewrites and sends a packet as decided. Negative: the packet could not be written. */
 static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p, const enum hook hook,
-				     const struct conn *c, const struct conn_dir *d, const struct addr *initiator,
-				     __be16 initiator_port)
+				     const struct conn *c, const struct conn_dir *d, const struct conn_key *k)
 {
 	__u32 out = d->out_ifindex;
 	__u8 action = d->action, flags = d->flags;
 	struct mac dmac = d->dmac, smac = d->smac;
 
 	if (unlikely(flags & (DIR_TO_NAT | DIR_NO_NAT))) {
-		/* These helpers may move the packet; what follows reads it anew. */
-		if (flags & DIR_TO_NAT ? nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port)
-				       : nat_rewrite(skb, p, false, &p->dst, p->dport, initiator, initiator_port))
+		/* This may move the packet; what follows reads it anew. */
+		if (nat_apply(skb, p, c, k, flags))
 			return -1;
 	}
 	switch (action) {
@@ -162,10 +160,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		return NOT_FAST;
 	}
 	conn_see(c, d, p, orig, skb->len, now);
-	if (from_hi == orig) /* the initiator is the hi side */
-		verdict = carry_out(skb, p, hook, c, d, &k.hi, k.hi_port);
-	else
-		verdict = carry_out(skb, p, hook, c, d, &k.lo, k.lo_port);
+	verdict = carry_out(skb, p, hook, c, d, &k);
 	if (unlikely(verdict == -1))
 		return DROP(p, DROP_WRITE);
 	count(hook, SLOW_NOT, skb->len);

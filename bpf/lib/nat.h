@@ -74,6 +74,17 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *
 	return 0;
 }
 
+/* nat_apply translates a packet of connection k as its direction's flags say. */
+static __noinline int nat_apply(struct __sk_buff *skb, const struct pkt *p, const struct conn *c,
+				const struct conn_key *k, __u32 flags)
+{
+	bool hi = c->flags & CONN_INITIATOR_HI;
+
+	if (flags & DIR_TO_NAT)
+		return nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port);
+	return nat_rewrite(skb, p, false, &p->dst, p->dport, hi ? &k->hi : &k->lo, hi ? k->hi_port : k->lo_port);
+}
+
 /* leaves_cluster: the destination is neither inside the native routing CIDR nor
  * known as a node or as a pod somewhere. */
 static __always_inline bool leaves_cluster(const struct pkt *p, const struct addr *dst)
@@ -94,7 +105,7 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 }
 
 /* socket_has: a socket of the host owns or listens on the tuple that a reply would carry. */
-static __always_inline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
+static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
 				       const struct addr *nat, __be16 port)
 {
 	struct bpf_sock_tuple t = {};
@@ -126,7 +137,7 @@ static __always_inline bool socket_has(struct __sk_buff *skb, const struct pkt *
 	return true;
 }
 
-#define SNAT_TRIES 32
+#define SNAT_TRIES 16
 
 /* nat_claim gives the connection a source port on address nat that nobody else uses
  * towards this destination. k is the packet's own key. 0 or a drop reason. */
@@ -135,8 +146,14 @@ static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct con
 {
 	__u32 span = cfg_snat_max - cfg_snat_min + 1, start, now = ticks();
 	bool ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || (p->flags & PKT_ECHO);
-	struct conn_key nk;
+	struct scratch *scratch;
+	struct conn_key *nk;
+	__u32 zero = 0;
 
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
+		return DROP(p, DROP_NAT_EXHAUSTED);
+	nk = &scratch->nat_key;
 	if (!ports && (p->flags & PKT_PORTS) == 0 && p->proto != IPPROTO_SCTP && p->sport)
 		return DROP(p, DROP_NAT_PROTO);
 	start = bpf_get_prandom_u32();
@@ -146,18 +163,18 @@ static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct con
 
 		if (socket_has(skb, p, nat, port))
 			continue;
-		conn_key(&nk, nat, port, &p->dst, p->dport, p->proto);
-		if (bpf_map_update_elem(&lash_nat, &nk, k, BPF_NOEXIST)) {
+		conn_key(nk, nat, port, &p->dst, p->dport, p->proto);
+		if (bpf_map_update_elem(&lash_nat, nk, k, BPF_NOEXIST)) {
 			struct conn *other;
 
 			/* Taken: free after all if its connection is gone or expired. */
-			owner = bpf_map_lookup_elem(&lash_nat, &nk);
+			owner = bpf_map_lookup_elem(&lash_nat, nk);
 			if (owner) {
 				other = bpf_map_lookup_elem(&lash_conn, owner);
 				if (other && other != c && !past(now, other->expires))
 					continue;
 			}
-			if (bpf_map_update_elem(&lash_nat, &nk, k, BPF_ANY))
+			if (bpf_map_update_elem(&lash_nat, nk, k, BPF_ANY))
 				continue;
 		}
 		c->nat_addr = *nat;

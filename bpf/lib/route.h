@@ -77,12 +77,17 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 {
 	const struct addr *src = back ? &p->dst : &p->src, *dst = back ? &p->src : &p->dst;
 	__be16 sport = back ? p->dport : p->sport, dport = back ? p->sport : p->dport;
-	struct bpf_fib_lookup f;
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct bpf_fib_lookup *f;
 	int action = ACTION_EGRESS;
 	long rc;
 
-	fib_ask(&f, p, src, sport, dst, dport);
-	rc = bpf_fib_lookup(skb, &f, sizeof(f), 0);
+	if (!scratch)
+		return DROP(p, DROP_FIB);
+	f = (struct bpf_fib_lookup *)scratch->fib;
+	fib_ask(f, p, src, sport, dst, dport);
+	rc = bpf_fib_lookup(skb, f, sizeof(*f), 0);
 	switch (rc) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 		break;
@@ -97,22 +102,22 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		return rc < 0 ? DROP(p, DROP_FIB) : ACTION_HOST;
 	}
 	/* Kernels before 5.15 leave the input device in place when there is no neighbour. */
-	hop->ifindex = f.ifindex == cfg_host_ifindex && action == ACTION_NEIGH ? cfg_direct_ifindex : f.ifindex;
+	hop->ifindex = f->ifindex == cfg_host_ifindex && action == ACTION_NEIGH ? cfg_direct_ifindex : f->ifindex;
 	if (hop->ifindex == cfg_host_ifindex)
 		return DROP(p, DROP_UNROUTABLE); /* a pod address of this node that nobody has */
-	__builtin_memcpy(&hop->dmac, f.dmac, ETH_ALEN);
-	__builtin_memcpy(&hop->smac, f.smac, ETH_ALEN);
-	hop->neigh.nh_family = f.family;
-	if (f.family == AF_INET6)
-		__builtin_memcpy(hop->neigh.ipv6_nh, f.ipv6_dst, 16);
+	__builtin_memcpy(&hop->dmac, f->dmac, ETH_ALEN);
+	__builtin_memcpy(&hop->smac, f->smac, ETH_ALEN);
+	hop->neigh.nh_family = f->family;
+	if (f->family == AF_INET6)
+		__builtin_memcpy(hop->neigh.ipv6_nh, f->ipv6_dst, 16);
 	else
-		hop->neigh.ipv4_nh = f.ipv4_dst;
+		hop->neigh.ipv4_nh = f->ipv4_dst;
 	/* The route's own MTU is told only to who asks for too much. */
-	fib_ask(&f, p, src, sport, dst, dport);
-	f.tot_len = 0xffff;
+	fib_ask(f, p, src, sport, dst, dport);
+	f->tot_len = 0xffff;
 	hop->mtu = 0;
-	if (bpf_fib_lookup(skb, &f, sizeof(f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f.mtu_result != 0xffff)
-		hop->mtu = f.mtu_result;
+	if (bpf_fib_lookup(skb, f, sizeof(*f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f->mtu_result != 0xffff)
+		hop->mtu = f->mtu_result;
 	return action;
 }
 

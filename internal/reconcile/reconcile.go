@@ -83,6 +83,7 @@ type Loop[K comparable, V any] struct {
 
 	mu      sync.Mutex
 	waiters []waiter[K]
+	refresh bool
 	kick    chan struct{}
 }
 
@@ -127,6 +128,9 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 		l.mu.Lock()
 		waiters := l.waiters
 		l.waiters = nil
+		if l.refresh {
+			l.readAt, l.refresh = time.Time{}, false
+		}
 		l.mu.Unlock()
 
 		started := time.Now()
@@ -181,6 +185,14 @@ func (l *Loop[K, V]) Kick() {
 	case l.kick <- struct{}{}:
 	default:
 	}
+}
+
+// Refresh makes the target be listed again soon, because someone else may have changed it.
+func (l *Loop[K, V]) Refresh() {
+	l.mu.Lock()
+	l.refresh = true
+	l.mu.Unlock()
+	l.Kick()
 }
 
 // next is when a pass must happen although nothing changed.

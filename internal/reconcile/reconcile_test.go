@@ -225,6 +225,20 @@ func TestDriftIsRepairedByTheReread(t *testing.T) {
 	})
 }
 
+func TestRefreshRepairsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"a": 1})
+		tgt := NewFault[string, int](nil)
+		f := start(t, src, tgt)
+		tgt.History()
+		tgt.Set("a", 7)
+		f.loop.Refresh()
+		synctest.Wait()
+		wantHistory(t, tgt, "put a")
+		wantRows(t, tgt, map[string]int{"a": 1})
+	})
+}
+
 func TestThrottleBoundsPassesButNotTheFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src := newTable(true, nil)

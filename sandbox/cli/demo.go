@@ -2,6 +2,39 @@
 
 package cli
 
-import "github.com/spf13/cobra"
+import (
+	"errors"
+	"fmt"
 
-func (a *app) addDemo(root *cobra.Command) {}
+	"github.com/spf13/cobra"
+
+	"github.com/lash-net/lash/sandbox/demo"
+)
+
+func (a *app) addDemo(root *cobra.Command) {
+	o := demo.Options{Out: a.out, Say: a.say}
+	cmd := &cobra.Command{
+		Use:   "demo",
+		Short: "Start three nodes with Lash, run workloads, check everything, leave the cluster up",
+		Long: `Start a cluster of three nodes, install Lash with its own installer, run workloads and check
+what pods expect of their network. Prints a line for each check; the last line is
+"demo: N passed, M failed", and the exit status is 0 only when M is 0. The cluster stays up.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.With != "lash" && o.With != "bridge" {
+				return fmt.Errorf("--with %q: use lash or bridge", o.With)
+			}
+			err := demo.Run(cmd.Context(), a.name, o)
+			if errors.Is(err, demo.ErrFailed) {
+				return ExitStatus(1)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&o.With, "with", "lash", "pod network: lash, bridge (the distribution's bridge plugin and kube-proxy)")
+	cmd.Flags().StringVar(&o.Lash, "lash", "bin/lash", "path of the lash program")
+	cmd.Flags().StringVar(&o.Image, "image", "dist/lash.oci.tar", "path of Lash's image archive")
+	cmd.Flags().StringArrayVar(&o.Set, "set", nil, "chart value KEY=VALUE for the installation; may be repeated")
+	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
+	root.AddCommand(cmd)
+}

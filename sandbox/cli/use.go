@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -101,13 +102,13 @@ func enter(t node.Target, argv, env []string) error {
 }
 
 func (a *app) exec() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "exec NODE -- COMMAND...",
 		Short: "Run a command inside a node (or in the network namespace of cp, outside, sw)",
 		Long: `Run a command inside a node: in all of its namespaces and in its cgroup. The hosts cp
 (control plane), outside and sw (the underlay's bridge) are network namespaces only. Input,
 output and the exit status are the command's.`,
-		Example: "  sandbox exec n1 -- crictl ps\n  sandbox exec outside -- curl http://172.18.0.11",
+		Example: "  sandbox exec n1 -- ctr -n k8s.io containers ls\n  sandbox exec outside -- curl http://172.18.0.11",
 		Args:    cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			c, err := a.open()
@@ -118,9 +119,18 @@ output and the exit status are the command's.`,
 			if err != nil {
 				return err
 			}
-			return enter(t, args[1:], os.Environ())
+			argv := args[1:]
+			if argv[0] == "--" {
+				argv = argv[1:]
+			}
+			if len(argv) == 0 {
+				return errors.New("exec needs a command after the node's name")
+			}
+			return enter(t, argv, os.Environ())
 		},
 	}
+	cmd.Flags().SetInterspersed(false) // flags after NODE are the command's, with -- or without
+	return cmd
 }
 
 func (a *app) load() *cobra.Command {
@@ -201,6 +211,7 @@ Disks stay: "sandbox restart" boots them with the same name, addresses and conta
 
 func (a *app) restart() *cobra.Command {
 	var all bool
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "restart NODE... | --all",
 		Short: "Boot nodes again, as after a power failure",
@@ -218,12 +229,20 @@ func (a *app) restart() *cobra.Command {
 				if err := c.RestartNodes(cmd.Context(), args...); err != nil {
 					return err
 				}
-				a.say("booted %s; Kubernetes brings their pods back", strings.Join(args, ", "))
+				a.say("booted %s", strings.Join(args, ", "))
+				if wait == 0 {
+					return nil
+				}
+				if err := c.WaitBooted(cmd.Context(), wait, args...); err != nil {
+					return err
+				}
+				a.say("Kubernetes has them back and restarts their pods")
 				return nil
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "all nodes at once")
+	cmd.Flags().DurationVar(&wait, "wait", 60*time.Second, "wait so long until kubelet has reported the new boot; 0 does not wait")
 	return cmd
 }
 

@@ -46,8 +46,9 @@ type Config struct {
 	Proxy string   `json:"proxy"` // service proxy: none, iptables
 	CNI   string   `json:"cni"`   // pod network: none (bring your own), bridge
 	Nodes []string `json:"nodes"`
-	Port  int      `json:"port"` // of the API server on 127.0.0.1
-	DNS   int      `json:"dns"`  // replicas of CoreDNS
+	Port  int      `json:"port"`  // of the API server on 127.0.0.1
+	DNS   int      `json:"dns"`   // replicas of CoreDNS
+	Whole bool     `json:"whole"` // false while Up has not ended well
 }
 
 // Cluster is one sandbox.
@@ -176,6 +177,16 @@ func (c *Cluster) Lock(ctx context.Context) error {
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+}
+
+// busy says whether another command holds the lock.
+func (c *Cluster) busy() bool {
+	f, err := os.Open(c.Dir)
+	if err != nil {
+		return false
+	}
+	defer f.Close() // gives the lock back
+	return errors.Is(syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB), syscall.EWOULDBLOCK)
 }
 
 // Unlock ends Lock.

@@ -4,12 +4,14 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,8 +22,9 @@ import (
 )
 
 // Components are the processes of the control plane, in the order in which they start. The forwarder
-// carries 127.0.0.1:PORT of the machine to the API server; it is what `sandbox kubeconfig` names.
-var Components = []string{"etcd", "apiserver", "controller-manager", "scheduler", "forwarder"}
+// carries 127.0.0.1:PORT of the machine to the API server; it is what `sandbox kubeconfig` names. The test
+// server on the outside machine (HTTP 8080, UDP 8081, TCP 8082) says from which address it was asked.
+var Components = []string{"etcd", "apiserver", "controller-manager", "scheduler", "forwarder", "outside"}
 
 // ForwardCommand is the hidden subcommand that is the forwarder.
 const ForwardCommand = "__forward"
@@ -75,9 +78,19 @@ func (c *Cluster) Kubeconfig(internal bool) string {
 	return c.pki().Path("kubeconfig")
 }
 
-// freePort finds a port for the forwarder; the sandbox keeps it for life.
+// freePort finds a port for the forwarder that nobody listens on and no other sandbox was given.
 func freePort() (int, error) {
+	taken := map[int]bool{}
+	for _, n := range Names() {
+		var other Config
+		if b, err := os.ReadFile(filepath.Join(StateDir, n, "config.json")); err == nil && json.Unmarshal(b, &other) == nil {
+			taken[other.Port] = true
+		}
+	}
 	for p := 16443; p < 16543; p++ {
+		if taken[p] {
+			continue
+		}
 		if l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(p)); err == nil {
 			l.Close()
 			return p, nil
@@ -121,6 +134,8 @@ func (c *Cluster) command(component string) []string {
 		return []string{c.cache.Bin("kube-scheduler"), "--kubeconfig=" + k("scheduler.conf"),
 			"--authentication-kubeconfig=" + k("scheduler.conf"), "--authorization-kubeconfig=" + k("scheduler.conf"),
 			"--leader-elect=false", "--bind-address=127.0.0.1"}
+	case "outside":
+		return []string{c.cache.Bin("toolbox"), "serve"}
 	case "forwarder":
 		self, err := os.Executable()
 		if err != nil {
@@ -146,8 +161,11 @@ func (c *Cluster) StartComponent(name string) error {
 		return nil
 	}
 	l := node.Launch{Cgroup: c.cgroup(plan.ControlPlane), Netns: c.netnsPath(plan.ControlPlane), Pidfile: c.pidfile(name), Argv: c.command(name)}
-	if name == "forwarder" {
+	switch name {
+	case "forwarder":
 		l.Netns = ""
+	case "outside":
+		l.Netns = c.netnsPath(plan.Outside)
 	}
 	if err := l.Start(c.layout, c.logfile(name)); err != nil {
 		return fmt.Errorf("start %s: %w", name, err)

@@ -85,6 +85,9 @@ func (c *Cluster) bootNode(ctx context.Context, name string) error {
 	if err := c.attach(ctx, name, v4, v6); err != nil {
 		return err
 	}
+	if err := os.Remove(filepath.Join(c.nodeDir(name), "etc/kubernetes/boot_id")); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	l := node.Launch{Cgroup: c.cgroup(name), Netns: c.netnsPath(name), Pidfile: c.pidfile(name), NodeDir: c.nodeDir(name)}
 	if err := l.Start(c.layout, c.logfile(name)); err != nil {
 		return fmt.Errorf("boot node %s: %w", name, err)
@@ -135,6 +138,24 @@ func (c *Cluster) RestartNodes(ctx context.Context, names ...string) error {
 		return err
 	}
 	return c.syncCNI(ctx)
+}
+
+// WaitBooted returns when Kubernetes has noticed the nodes' latest boot: the boot number that kubelet
+// reports is the one that the node gave itself.
+func (c *Cluster) WaitBooted(ctx context.Context, limit time.Duration, names ...string) error {
+	return poll(ctx, limit, "nodes back in Kubernetes", func() (bool, error) {
+		out, err := c.Kubectl(ctx, "get", "nodes", "-o", `jsonpath={range .items[*]}{.metadata.name}={.status.nodeInfo.bootID}{"\n"}{end}`)
+		if err != nil {
+			return false, err
+		}
+		for _, n := range names {
+			id, err := os.ReadFile(filepath.Join(c.nodeDir(n), "etc/kubernetes/boot_id"))
+			if err != nil || !strings.Contains("\n"+out, "\n"+n+"="+strings.TrimSpace(string(id))+"\n") {
+				return false, fmt.Errorf("kubelet of %s has not reported; see %s", n, filepath.Join(c.nodeDir(n), "var/log/kubelet.log"))
+			}
+		}
+		return true, nil
+	})
 }
 
 // AddNode adds the node with the lowest free number and returns its name.

@@ -67,7 +67,10 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 		return err
 	}
 	if left := c.Exists(); len(left) > 0 {
-		if err := c.load(); err == nil && c.process("apiserver").Alive() {
+		if c.busy() {
+			return fmt.Errorf("another sandbox command is at work on %q: %w or on its way; wait for it, or end that command", c.Name, ErrAlreadyUp)
+		}
+		if err := c.load(); err == nil && c.Whole && c.process("apiserver").Alive() {
 			return fmt.Errorf("sandbox %q is %w with nodes %s: look with `sandbox status%s`, end it with `sandbox down%s`", c.Name, ErrAlreadyUp, strings.Join(c.Nodes, ", "), c.nameFlag(), c.nameFlag())
 		}
 		c.Say("cleaning leftovers of an earlier sandbox %q: %s", c.Name, strings.Join(left, "; "))
@@ -88,7 +91,7 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 		return err
 	}
 	defer c.Unlock()
-	c.Proxy, c.CNI, c.DNS = o.Proxy, o.CNI, o.DNS
+	c.Config = Config{Name: c.Name, Proxy: o.Proxy, CNI: o.CNI, DNS: o.DNS}
 	for i := 1; i <= o.Nodes; i++ {
 		c.Nodes = append(c.Nodes, plan.NodeName(i))
 	}
@@ -101,7 +104,7 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 	if err := c.underlay(ctx); err != nil {
 		return err
 	}
-	for _, p := range []string{"etcd", "apiserver", "forwarder"} {
+	for _, p := range []string{"etcd", "apiserver", "forwarder", "outside"} {
 		if err := c.StartComponent(p); err != nil {
 			return err
 		}
@@ -137,9 +140,13 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 	if err := c.waitRegistered(ctx, c.Nodes...); err != nil {
 		return err
 	}
+	if !c.process("forwarder").Alive() {
+		return fmt.Errorf("the forwarder has ended; %s", c.logTail("forwarder"))
+	}
 	if c.CNI == "none" {
 		c.Say("%d nodes registered; they become Ready once a CNI is installed", len(c.Nodes))
-		return nil
+		c.Whole = true
+		return c.save()
 	}
 	if err := c.syncCNI(ctx); err != nil {
 		return err
@@ -148,7 +155,8 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 		return err
 	}
 	c.Say("%d nodes Ready", len(c.Nodes))
-	return nil
+	c.Whole = true
+	return c.save()
 }
 
 // Down removes everything of the sandbox from any state, and returns an error if anything is left.

@@ -209,6 +209,16 @@ func (s Spec) settings() error {
 			return err
 		}
 	}
+	// each boot has its own number, by which Kubernetes sees that the node was restarted
+	boot, err := os.ReadFile("/proc/sys/kernel/random/uuid")
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(os.WriteFile("/run/sandbox/boot_id", boot, 0o644),
+		os.WriteFile("/etc/kubernetes/boot_id", boot, 0o644),
+		mount("/run/sandbox/boot_id", "/proc/sys/kernel/random/boot_id", "", unix.MS_BIND, "")); err != nil {
+		return err
+	}
 	for key, val := range map[string]string{"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"} {
 		if err := os.WriteFile("/proc/sys/"+key, []byte(val), 0); err != nil {
 			return err

@@ -4,9 +4,11 @@
 //
 //	toolbox serve [-http :8080] [-udp :8081] [-tcp :8082]   answer until killed
 //	toolbox pause                                           do nothing until killed
-//	toolbox probe [-interval 1ms] [-for 10s] udp|tcp ADDR   send numbered messages, report what is lost
+//	toolbox probe [-interval 1ms] [-for 10s] NETWORK ADDR   send numbered messages, report what is lost
+//	toolbox ask NETWORK ADDR MESSAGE                        print what one message is answered with
 //
-// HTTP: /hostname, /clientip (ADDR:PORT as seen), /echo?msg=, /healthz. UDP and TCP: the messages
+// NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6. HTTP: /hostname, /clientip (ADDR:PORT as seen),
+// /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
 // "hostname" and "clientip" are answered with just that, everything else is echoed.
 package main
 
@@ -44,8 +46,10 @@ func main() {
 		<-ctx.Done()
 	case "probe":
 		err = probe(ctx, args)
+	case "ask":
+		err = ask(ctx, args)
 	default:
-		err = errors.New("usage: toolbox serve|pause|probe [FLAGS]")
+		err = errors.New("usage: toolbox serve|pause|probe|ask [FLAGS]")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "toolbox:", err)
@@ -111,9 +115,22 @@ func handler(host string) http.Handler {
 		_, _ = io.WriteString(w, host)
 	})
 	mux.HandleFunc("/clientip", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.RemoteAddr) })
+	mux.HandleFunc("/bytes", func(w http.ResponseWriter, r *http.Request) {
+		n, err := strconv.ParseInt(r.FormValue("n"), 10, 64)
+		if err != nil || n < 0 {
+			http.Error(w, "n must be a number", http.StatusBadRequest)
+			return
+		}
+		_, _ = io.CopyN(w, zeros{}, n)
+	})
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.FormValue("msg")) })
 	return mux
 }
+
+// zeros is an endless source.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // answer is what a datagram or line is answered with.
 func answer(msg, host string, from net.Addr) string {
@@ -168,6 +185,54 @@ func tcpEcho(l net.Listener, host string) error {
 	}
 }
 
+// ask sends one message over an unconnected UDP socket or a TCP connection.
+func ask(ctx context.Context, args []string) error {
+	if len(args) != 3 {
+		return errors.New("usage: toolbox ask NETWORK HOST:PORT MESSAGE")
+	}
+	deadline := time.Now().Add(3 * time.Second)
+	buf := make([]byte, 65536)
+	if strings.HasPrefix(args[0], "udp") {
+		to, err := net.ResolveUDPAddr(args[0], args[1])
+		if err != nil {
+			return err
+		}
+		c, err := net.ListenUDP(args[0], nil)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(deadline)
+		if _, err := c.WriteToUDP([]byte(args[2]), to); err != nil {
+			return err
+		}
+		n, from, err := c.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			return err
+		}
+		if want := to.AddrPort(); from.Addr().Unmap() != want.Addr().Unmap() || from.Port() != want.Port() {
+			return fmt.Errorf("asked %s, %s answered", want, from)
+		}
+		fmt.Println(string(buf[:n]))
+		return nil
+	}
+	c, err := (&net.Dialer{Deadline: deadline}).DialContext(ctx, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(deadline)
+	if _, err := fmt.Fprintln(c, args[2]); err != nil {
+		return err
+	}
+	n, err := c.Read(buf)
+	if err != nil {
+		return err
+	}
+	fmt.Println(strings.TrimSpace(string(buf[:n])))
+	return nil
+}
+
 // Result of a probe; gaps are between answers, in milliseconds.
 type Result struct {
 	Sent     int64   `json:"sent"`
@@ -184,7 +249,7 @@ func probe(ctx context.Context, args []string) error {
 	interval := fs.Duration("interval", time.Millisecond, "time between messages")
 	total := fs.Duration("for", 10*time.Second, "how long to send")
 	_ = fs.Parse(args)
-	if fs.NArg() != 2 || (fs.Arg(0) != "udp" && fs.Arg(0) != "tcp") {
+	if fs.NArg() != 2 {
 		return errors.New("usage: toolbox probe [-interval 1ms] [-for 10s] udp|tcp HOST:PORT")
 	}
 	c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, fs.Arg(0), fs.Arg(1))

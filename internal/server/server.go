@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/api/agent"
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// Datapath dumps what is in the kernel; name is net, endpoint, ct, ipcache, lb, nat or metrics.
+type Datapath interface {
+	Dump(name string) (columns []string, rows [][]string, err error)
+}
+
+// Dumps are the names that a Datapath knows.
+var Dumps = []string{"net", "endpoint", "ct", "ipcache", "lb", "nat", "metrics"}
+
+// Config is what the server answers from.
+type Config struct {
+	Tables   *state.Tables
+	Facts    func() Facts
+	Datapath Datapath
+	Log      *slog.Logger
+}
+
+// Server answers requests.
+type Server struct {
+	cfg Config
+	mux *http.ServeMux
+}
+
+// New prepares a server; Serve and ServeHealth run it.
+func New(cfg Config) *Server {
+	s := &Server{cfg: cfg, mux: http.NewServeMux()}
+	s.handle("GET /v1/status", s.status)
+	s.handle("GET /v1/endpoints", s.endpoints)
+	s.handle("GET /v1/endpoints/{id}", s.endpoint)
+	s.handle("GET /v1/ip", s.ips)
+	s.handle("GET /v1/nodes", func(*http.Request) (any, error) { return all(s, cfg.Tables.Nodes), nil })
+	s.handle("GET /v1/services", s.services)
+	s.handle("GET /v1/bpf/{name}", s.bpf)
+	s.handle("GET /v1/db", s.db)
+	s.handle("GET /v1/db/{table}", s.table)
+	s.handle("GET /v1/version", func(*http.Request) (any, error) { return cfg.Facts().Version, nil })
+	return s
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// Serve listens on the unix socket until ctx ends. A socket that a dead agent left is replaced. Only root may connect.
+func (s *Server) Serve(ctx context.Context, socket string) error {
+	if err := os.MkdirAll(filepath.Dir(socket), 0o755); err != nil {
+		return fmt.Errorf("listen on %s: %w", socket, err)
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("listen on %s: %w", socket, err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(socket, 0o600); err != nil {
+		return errors.Join(fmt.Errorf("listen on %s: %w", socket, err), l.Close())
+	}
+	return serve(ctx, l, s)
+}
+
+// ServeHealth answers /healthz on the loopback address with 200 when the agent is ready and 503 and the reason when not.
+func (s *Server) ServeHealth(ctx context.Context, port int) error {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	if err != nil {
+		return fmt.Errorf("listen for health checks (agent-health-port): %w", err)
+	}
+	return serve(ctx, l, s.Health())
+}
+
+// Health is the handler of /healthz.
+func (s *Server) Health() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		f := s.cfg.Facts()
+		if !f.Ready {
+			http.Error(w, f.NotReady, http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	return mux
+}
+
+func serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		if srv.Shutdown(grace) != nil {
+			srv.Close()
+		}
+	}()
+	err := srv.Serve(l)
+	if !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	<-stopped
+	return nil
+}
+
+// problem is an error with a status code.
+type problem struct {
+	code int
+	text string
+}
+
+func (p problem) Error() string { return p.text }
+
+func notFound(format string, args ...any) error {
+	return problem{http.StatusNotFound, fmt.Sprintf(format, args...)}
+}
+
+func (s *Server) handle(pattern string, f func(*http.Request) (any, error)) {
+	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		body, err := f(r)
+		code := http.StatusOK
+		if err != nil {
+			code = http.StatusInternalServerError
+			var p problem
+			if errors.As(err, &p) {
+				code = p.code
+			}
+			body = agent.Error{Error: err.Error()}
+		}
+		b, err := json.Marshal(body)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		if _, err := w.Write(append(b, '\n')); err != nil {
+			s.cfg.Log.Debug("answer not delivered", "path", r.URL.Path, "error", err)
+		}
+	})
+}
+
+func (s *Server) status(r *http.Request) (any, error) {
+	f := s.cfg.Facts()
+	st := Status(s.cfg.Tables, f, time.Now().UTC())
+	if r.URL.Query().Has("why") {
+		st.Why = f.Why
+	}
+	return st, nil
+}
+
+// all is the table's rows; an empty table is [] in JSON.
+func all[Row any](s *Server, tbl statedb.Table[Row]) []Row {
+	return append([]Row{}, state.Rows(s.cfg.Tables.DB.ReadTxn(), tbl)...)
+}
+
+func (s *Server) endpoints(*http.Request) (any, error) { return all(s, s.cfg.Tables.Endpoints), nil }
+
+func (s *Server) endpoint(r *http.Request) (any, error) {
+	id, err := strconv.ParseUint(r.PathValue("id"), 10, 16)
+	if err != nil || id == 0 {
+		return nil, problem{http.StatusBadRequest, fmt.Sprintf("endpoint %q is not a number from 1 to 65535; 'lash endpoint list' shows them", r.PathValue("id"))}
+	}
+	ep, _, ok := s.cfg.Tables.Endpoints.Get(s.cfg.Tables.DB.ReadTxn(), state.EndpointByID(uint16(id)))
+	if !ok {
+		return nil, notFound("no endpoint %d on this node; 'lash endpoint list' shows those that are", id)
+	}
+	return ep, nil
+}
+
+func (s *Server) ips(*http.Request) (any, error) {
+	t := s.cfg.Tables
+	txn := t.DB.ReadTxn()
+	labels := map[string]map[string]string{}
+	for ep := range t.Endpoints.All(txn) {
+		for _, a := range ep.Addrs() {
+			labels[a.String()] = ep.Labels
+		}
+	}
+	rows := []agent.IP{}
+	for e := range t.IPCache.All(txn) {
+		row := agent.IP{Prefix: e.Prefix, Identity: e.Identity, Node: e.Node, Source: e.Source}
+		if l := labels[e.Prefix.Addr().String()]; e.Prefix.IsSingleIP() && len(l) > 0 && !e.Identity.Reserved() {
+			for k, v := range l {
+				row.Labels = append(row.Labels, "k8s:"+k+"="+v)
+			}
+			slices.Sort(row.Labels)
+		} else {
+			row.Labels = []string{e.Identity.String()}
+		}
+		rows = append(rows, row)
+	}
+	return rows, nil
+}
+
+func (s *Server) services(*http.Request) (any, error) {
+	rows := []agent.Service{}
+	for _, f := range all(s, s.cfg.Tables.Frontends) {
+		rows = append(rows, agent.Service{ID: f.Entry.ID, Frontend: f.Key.String(), Type: f.Entry.Type, Namespace: f.Entry.Namespace,
+			Name: f.Entry.Name, PortName: f.Entry.PortName, Backends: append([]model.Backend{}, f.Entry.Backends...)})
+	}
+	slices.SortFunc(rows, func(a, b agent.Service) int { return int(a.ID) - int(b.ID) })
+	return rows, nil
+}
+
+func (s *Server) bpf(r *http.Request) (any, error) {
+	name := r.PathValue("name")
+	if !slices.Contains(Dumps, name) {
+		return nil, notFound("no BPF table %q; there are %s", name, strings.Join(Dumps, ", "))
+	}
+	columns, rows, err := s.cfg.Datapath.Dump(name)
+	if err != nil {
+		return nil, err
+	}
+	return agent.Table{Name: name, Columns: columns, Rows: append([][]string{}, rows...)}, nil
+}
+
+func (s *Server) db(*http.Request) (any, error) {
+	txn := s.cfg.Tables.DB.ReadTxn()
+	rows := []agent.TableInfo{}
+	for _, m := range s.cfg.Tables.DB.GetTables(txn) {
+		complete, _ := m.Initialized(txn)
+		rows = append(rows, agent.TableInfo{Name: m.Name(), Rows: m.NumObjects(txn), Complete: complete})
+	}
+	slices.SortFunc(rows, func(a, b agent.TableInfo) int { return strings.Compare(a.Name, b.Name) })
+	return rows, nil
+}
+
+func (s *Server) table(r *http.Request) (any, error) {
+	txn := s.cfg.Tables.DB.ReadTxn()
+	name := r.PathValue("table")
+	var names []string
+	for _, m := range s.cfg.Tables.DB.GetTables(txn) {
+		if m.Name() != name {
+			names = append(names, m.Name())
+			continue
+		}
+		tbl := statedb.AnyTable{Meta: m}
+		out := agent.Table{Name: name, Columns: tbl.TableHeader(), Rows: [][]string{}}
+		for row := range tbl.All(txn) {
+			out.Rows = append(out.Rows, tbl.TableRow(row))
+		}
+		return out, nil
+	}
+	slices.Sort(names)
+	return nil, notFound("no table %q; there are %s", name, strings.Join(names, ", "))
+}
