@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -54,7 +55,7 @@ func start(ctx context.Context, args []string) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
-	log := newLogger(cfg.Debug)
+	log := newLogger(os.Stderr, cfg.Debug)
 	klog.SetSlogLogger(log.With("subsys", "client-go"))
 	log.Info("starting", "version", version.Long())
 	for _, line := range cfg.Dump() {
@@ -105,12 +106,12 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 }
 
 // newLogger writes the lines the field's users grep for: level=info msg="...".
-func newLogger(verbose bool) *slog.Logger {
+func newLogger(w io.Writer, verbose bool) *slog.Logger {
 	level := slog.LevelInfo
 	if verbose {
 		level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
 		Level: level,
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.LevelKey {
