@@ -1,16 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
+#
+# Two commands do everything on a fresh Debian 12, as root:
+#   make demo    a three-node Kubernetes on this machine, with Lash, checked
+#   make test    all test layers (make check: the quick one, without root)
+
+SHELL     := /bin/bash
+VERSION   ?= dev
 CLANG     ?= clang-19
 BPF_FLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror -Wno-unused-function -Wno-unused-parameter \
              -I/usr/include/$(shell uname -m)-linux-gnu
 BPF_OBJS  := $(patsubst bpf/%.c,bpf/obj/%.o,$(wildcard bpf/*.c))
 BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
+GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
+SAY       := @printf '\n==> %s\n'
 
-.PHONY: bpf bpf-objects
-bpf-objects: $(BPF_OBJS)
+.PHONY: help deps bpf bpf-objects build image lint unit check netns e2e test demo demo-down test-kernels clean
 
-bpf/obj/%.o: bpf/%.c $(BPF_DEPS)
+help: ## what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+deps: ## install what building and testing needs (Debian packages; asks nothing when all is there)
+	@hack/deps.sh
+
+$(BPF_OBJS): bpf/obj/%.o: bpf/%.c $(BPF_DEPS) | deps
 	@mkdir -p bpf/obj
 	$(CLANG) $(BPF_FLAGS) -c $< -o $@
 
-bpf: bpf-objects
+bpf-objects: $(BPF_OBJS)
+
+bpf: bpf-objects ## compile the datapath and generate its Go types
 	cd bpf && go run ./gen
+
+build: bpf ## the binaries, in bin/
+	$(GO_BUILD) -o bin/ ./cmd/...
+	cd sandbox && CGO_ENABLED=0 go build -trimpath -o ../bin/sandbox .
+
+image: build ## the image, dist/lash.oci.tar
+	go run ./hack/image -version $(VERSION) -out dist/lash.oci.tar bin/lash-agent bin/lash-operator bin/lash-cni bin/lash
+
+lint: bpf
+	$(SAY) 'lint: formatting, vet, generated files'
+	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "not formatted: $$out"; exit 1; }
+	go vet ./...
+	cd sandbox && go vet ./...
+	@git diff --exit-code --stat -- bpf/types_gen.go || { echo "bpf/types_gen.go is not current: commit what make bpf wrote"; exit 1; }
+
+unit: bpf
+	$(SAY) 'unit: pure stages and programs, -race'
+	go test -race -shuffle=on -count=1 ./api/... ./bpf/... ./cmd/... ./internal/...
+	cd sandbox && go test -count=1 ./...
+
+check: lint unit ## the quick layer
+
+netns: bpf
+	$(SAY) 'netns: the datapath with real traffic in network namespaces'
+	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
+
+e2e: image
+	$(SAY) 'e2e: three nodes of real Kubernetes'
+	bin/sandbox down --name e2e
+	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e
+
+test: lint unit netns e2e ## every layer
+	$(SAY) 'all layers passed'
+
+demo: image ## a three-node cluster on Lash, checked and left running
+	bin/sandbox demo
+
+demo-down: ## take it down; nothing is left
+	bin/sandbox down
+
+clean:
+	rm -rf bin dist bpf/obj

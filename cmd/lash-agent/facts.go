@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -66,10 +67,8 @@ func (a *agent) facts() server.Facts {
 	if conf := a.cniConf.Load(); conf != nil {
 		f.CNIConfigFile = "successfully wrote CNI configuration file to " + *conf
 	}
-	for _, v6 := range []bool{false, true} {
-		for _, x := range a.excluded(v6) {
-			f.MasqueradeExcluded = append(f.MasqueradeExcluded, x.String())
-		}
+	for _, x := range a.excluded() {
+		f.MasqueradeExcluded = append(f.MasqueradeExcluded, x.String())
 	}
 	if d := a.detection.Load(); d != nil {
 		f.MTU = api.MTU{Device: d.MTU, Route: d.MTU, Reason: d.MTUReason}
@@ -93,6 +92,11 @@ func (a *agent) kubernetesFact() api.Component {
 		return api.Component{State: api.StateWarning, Message: "not asked yet"}
 	case h.err != nil:
 		return api.Component{State: api.StateFailure, Message: fmt.Sprintf("no answer for %s, running on what is known: %v", time.Since(h.since).Round(time.Second), h.err)}
+	}
+	for c := range a.tables.Controllers.All(a.tables.DB.ReadTxn()) {
+		if strings.HasPrefix(c.Name, "k8s-reflector ") && c.Errors > 0 {
+			return api.Component{State: api.StateFailure, Message: "running on what is known: " + c.Message}
+		}
 	}
 	return api.Component{State: api.StateOk, Message: h.version}
 }

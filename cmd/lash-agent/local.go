@@ -61,7 +61,7 @@ func (a *agent) restoreLocal() {
 		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs},
 		{Source: model.SourceCustomResource, Name: a.name, PodCIDRs: n.PodCIDRs},
 	})
-	n.Routers = slices.DeleteFunc(n.Routers, func(r netip.Addr) bool { return r.Is4() && !a.cfg.EnableIPv4 || r.Is6() && !a.cfg.EnableIPv6 })
+	n.Routers = slices.DeleteFunc(n.Routers, func(r netip.Addr) bool { return !a.nodeCfg.Enabled(r) })
 	state.Insert(a.tables.DB, a.tables.Local, n)
 }
 
@@ -94,7 +94,7 @@ func (a *agent) updateLocal(change func(model.Node) model.Node) (model.Node, err
 		return n, fmt.Errorf("checkpoint of the node: %w", err)
 	}
 	w.Commit()
-	a.log.Info("local node", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs, "routers", n.Routers)
+	a.log.Info("local node changed", "addresses", n.Addrs, "podCIDRs", n.PodCIDRs, "routers", n.Routers)
 	return n, nil
 }
 
@@ -266,9 +266,9 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 			c.DirectIfindex = direct.Ifindex
 		}
 	}
-	for _, v6 := range []bool{false, true} {
-		if x := a.excluded(v6); len(x) == 1 {
-			c.NativeCIDRs = append(c.NativeCIDRs, x[0])
+	for _, p := range []netip.Prefix{cfg.IPv4NativeRoutingCIDR, cfg.IPv6NativeRoutingCIDR} {
+		if p.IsValid() && a.nodeCfg.Enabled(p.Addr()) {
+			c.NativeCIDRs = append(c.NativeCIDRs, p)
 		}
 	}
 	// Translated connections keep out of the ports that NodePort services may have.
@@ -283,12 +283,27 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 	return c, nil
 }
 
-// excluded are the destinations of one family that keep pods' addresses.
-func (a *agent) excluded(v6 bool) []netip.Prefix {
-	if v6 && !a.cfg.EnableIPv6 || !v6 && !a.cfg.EnableIPv4 {
-		return nil
+// excluded are destinations that keep pods' addresses, IPv4 first: the native routing CIDR, or, if none is set, the pod
+// CIDRs of this node, and in either case, by the ipcache, those of all others.
+func (a *agent) excluded() []netip.Prefix {
+	n, _ := a.local(a.tables.DB.ReadTxn())
+	var out []netip.Prefix
+	for _, v6 := range []bool{false, true} {
+		native := a.cfg.IPv4NativeRoutingCIDR
+		if v6 {
+			native = a.cfg.IPv6NativeRoutingCIDR
+		}
+		if native.IsValid() && a.nodeCfg.Enabled(native.Addr()) {
+			out = append(out, native)
+			continue
+		}
+		for _, c := range n.PodCIDRs {
+			if c.Addr().Is6() == v6 {
+				out = append(out, c)
+			}
+		}
 	}
-	return a.cfg.MasqueradeExclusion(v6)
+	return out
 }
 
 // publishNode keeps the CiliumNode of this node equal to what the other nodes must know.

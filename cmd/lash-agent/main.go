@@ -9,13 +9,17 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/lash-net/lash/internal/config"
@@ -51,7 +55,7 @@ func start(ctx context.Context, args []string) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
-	log := newLogger(cfg.Debug)
+	log := newLogger(os.Stderr, cfg.Debug)
 	klog.SetSlogLogger(log.With("subsys", "client-go"))
 	log.Info("starting", "version", version.Long())
 	for _, line := range cfg.Dump() {
@@ -64,16 +68,50 @@ func start(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	unlock, err := lock(ctx, filepath.Join(cfg.StateDir, "agent.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	return run(ctx, cfg, name, log)
 }
 
+// lockWait is how long a starting agent waits for one that is ending, as during an update of the DaemonSet.
+const lockWait = 10 * time.Second
+
+// lock makes this the only agent of the node: two would take sockets and map rows from each other.
+func lock(ctx context.Context, path string) (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("state-dir: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state-dir: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			return func() { f.Close() }, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w: another agent runs on this node", path, err)
+		}
+	}
+}
+
 // newLogger writes the lines the field's users grep for: level=info msg="...".
-func newLogger(verbose bool) *slog.Logger {
+func newLogger(w io.Writer, verbose bool) *slog.Logger {
 	level := slog.LevelInfo
 	if verbose {
 		level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{
 		Level: level,
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.LevelKey {

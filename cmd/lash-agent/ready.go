@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"slices"
@@ -194,46 +195,6 @@ func (a *agent) markNode() *state.Task {
 	}
 }
 
-// unmanagedPods restarts pods that ran before the agent and have their network from nobody or from another plugin. A pod
-// is looked at twice, so that one that is just being attached is left alone; one without a controller would be lost
-// and is only named.
-func (a *agent) unmanagedPods() *state.Task {
-	seen := map[string]int{} // by UID
-	return &state.Task{
-		Name:     "unmanaged-pods",
-		Interval: a.cfg.UnmanagedPodWatcherPeriod,
-		Do: func(ctx context.Context) error {
-			txn := a.tables.DB.ReadTxn()
-			if complete, _ := a.tables.Pods.Initialized(txn); !complete {
-				return nil
-			}
-			var errs []error
-			now := map[string]int{}
-			for p := range a.tables.Pods.All(txn) {
-				if p.HostNetwork || p.Terminating || !p.Running || p.Phase != "Running" {
-					continue
-				}
-				if _, _, ok := a.tables.Endpoints.Get(txn, state.EndpointByPod(p.Key())); ok {
-					continue
-				}
-				now[p.UID] = seen[p.UID] + 1
-				switch {
-				case now[p.UID] == 2 && p.Controlled:
-					a.log.Info("pod ran before the agent and is restarted", "pod", p.Key())
-					if err := a.api.DeletePod(ctx, p.Namespace, p.Name, p.UID); err != nil {
-						now[p.UID] = 1
-						errs = append(errs, fmt.Errorf("restart pod %s: %w", p.Key(), err))
-					}
-				case now[p.UID] == 2:
-					a.log.Warn("pod ran before the agent and has no controller that would make it anew: delete and create it yourself", "pod", p.Key())
-				}
-			}
-			seen = now
-			return errors.Join(errs...)
-		},
-	}
-}
-
 // cgroupRoot is the directory the socket programs are attached to: the configured one, else the mounted cgroup2
 // hierarchy with the widest view.
 func cgroupRoot(configured string) (string, error) {
@@ -245,20 +206,26 @@ func cgroupRoot(configured string) (string, error) {
 		return "", fmt.Errorf("find the cgroup hierarchy: %w; set cgroup-root", err)
 	}
 	defer f.Close()
+	path := widestCgroup2(f)
+	if path == "" {
+		return "", errors.New("no cgroup2 hierarchy is mounted: mount one and set cgroup-root")
+	}
+	return path, nil
+}
+
+// widestCgroup2 is the mount point of the cgroup2 hierarchy with the widest view, of the lines of mountinfo(5). A root
+// like /../.. shows a hierarchy from inside a cgroup namespace, and /kubepods/... a part of it; the shortest is the widest.
+func widestCgroup2(mountinfo io.Reader) string {
 	best, bestRoot := "", ""
-	for lines := bufio.NewScanner(f); lines.Scan(); {
+	for lines := bufio.NewScanner(mountinfo); lines.Scan(); {
 		before, after, ok := strings.Cut(lines.Text(), " - ")
 		fields := strings.Fields(before)
 		if !ok || len(fields) < 5 || !strings.HasPrefix(after, "cgroup2 ") {
 			continue
 		}
-		// A root like /../.. shows a hierarchy from inside a cgroup namespace; the shortest is the widest.
 		if root := fields[3]; best == "" || len(root) < len(bestRoot) {
 			best, bestRoot = fields[4], root
 		}
 	}
-	if best == "" {
-		return "", errors.New("no cgroup2 hierarchy is mounted: mount one and set cgroup-root")
-	}
-	return best, nil
+	return best
 }

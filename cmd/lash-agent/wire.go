@@ -160,6 +160,14 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Equal: reconcile.Comparable[model.Route], Compare: netdev.CompareRoutes, Written: raise("routes"), Report: a.tables.Report, Log: log,
 		Throttle: rowThrottle,
 	})
+	// Announced before the loops start: until the pods of before are restored, nothing of theirs is deleted.
+	a.eps, err = endpoint.New(endpoint.Config{
+		Tables: a.tables, Addresses: a.ipam, Devices: a.host, Inventory: a.host, Programs: a.dp, Rows: endpoints,
+		Network: a.podNetwork, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
+	})
+	if err != nil {
+		return g.stop(err)
+	}
 	g.start("datapath-endpoints", endpoints.Run)
 	g.start("datapath-ipcache", ipcache.Run)
 	g.start("datapath-devices", devices.Run)
@@ -176,13 +184,6 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 
 	// 7. Programs on devices, and pods.
 	if err := a.attachNode(ctx, base, devices); err != nil {
-		return g.stop(err)
-	}
-	a.eps, err = endpoint.New(endpoint.Config{
-		Tables: a.tables, Addresses: a.ipam, Devices: a.host, Inventory: a.host, Programs: a.dp, Rows: endpoints,
-		Network: a.podNetwork, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
-	})
-	if err != nil {
 		return g.stop(err)
 	}
 	g.start("cni", a.eps.Run)

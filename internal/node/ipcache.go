@@ -25,7 +25,7 @@ const (
 func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint) []state.IPCache {
 	rows := map[netip.Prefix]state.IPCache{}
 	add := func(p netip.Prefix, id model.Identity, node netip.Addr, source string) {
-		if !p.IsValid() || !cfg.family(p.Addr()) {
+		if !p.IsValid() || !cfg.Enabled(p.Addr()) {
 			return
 		}
 		if _, ok := rows[p]; !ok {
@@ -90,7 +90,7 @@ func nodeAddr(n model.Node, a netip.Addr) netip.Addr {
 func LocalAddrs(cfg Config, local []model.Node, devices []model.Device, endpoints []model.Endpoint) map[netip.Addr]model.LocalAddr {
 	rows := map[netip.Addr]model.LocalAddr{}
 	host := func(a netip.Addr) {
-		if a.IsValid() && cfg.family(a) {
+		if a.IsValid() && cfg.Enabled(a) {
 			rows[a] = model.LocalAddr{Identity: model.IdentityHost, Host: true}
 		}
 	}

@@ -31,7 +31,8 @@ type Config struct {
 	MasqueradeIP4, MasqueradeIP6 bool   // whether packets to outside the native CIDR lose their source
 }
 
-func (c Config) family(a netip.Addr) bool {
+// Enabled reports whether the family of a is on.
+func (c Config) Enabled(a netip.Addr) bool {
 	if a.Is4() {
 		return c.IPv4
 	}
@@ -116,7 +117,7 @@ func (c Config) addrs(in []netip.Addr) []netip.Addr {
 	var out []netip.Addr
 	for _, v4 := range []bool{true, false} {
 		for _, a := range in {
-			if a.Is4() == v4 && c.family(a) && !slices.Contains(out, a) {
+			if a.Is4() == v4 && c.Enabled(a) && !slices.Contains(out, a) {
 				out = append(out, a)
 			}
 		}
@@ -128,7 +129,7 @@ func (c Config) prefixes(in []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for _, v4 := range []bool{true, false} {
 		for _, p := range in {
-			if p.Addr().Is4() == v4 && c.family(p.Addr()) && !slices.Contains(out, p) {
+			if p.Addr().Is4() == v4 && c.Enabled(p.Addr()) && !slices.Contains(out, p) {
 				out = append(out, p)
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -68,12 +69,11 @@ func New(c *config.Config, log *slog.Logger, restConfig *rest.Config, namespace,
 func (o *Operator) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	stopHealth, err := o.serveHealth(cancel)
-	if err != nil {
-		return err
-	}
-	defer stopHealth()
-
+	go func() {
+		if err := o.serveHealth(ctx); err != nil {
+			cancel(err)
+		}
+	}()
 	clientset, err := kubernetes.NewForConfig(o.rest)
 	if err != nil {
 		return err
@@ -215,11 +215,29 @@ func sleep(ctx context.Context, backoff *time.Duration) bool {
 	}
 }
 
-// serveHealth answers /healthz and returns how to stop.
-func (o *Operator) serveHealth(fail context.CancelCauseFunc) (stop func(), err error) {
-	l, err := net.Listen("tcp", o.config.OperatorAPIServeAddr)
-	if err != nil {
-		return nil, fmt.Errorf("serve health (operator-api-serve-addr): %w", err)
+// serveHealth answers /healthz until ctx is done. Replicas on one node share the address: the one that comes second
+// waits for it, and until then the first answers for the node.
+func (o *Operator) serveHealth(ctx context.Context) error {
+	var l net.Listener
+	for said := false; ; said = true {
+		var err error
+		if l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", o.config.OperatorAPIServeAddr); err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("serve health (operator-api-serve-addr): %w", err)
+		}
+		if !said {
+			o.log.Warn("health is answered by another process", "address", o.config.OperatorAPIServeAddr)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(time.Second):
+		}
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -234,12 +252,11 @@ func (o *Operator) serveHealth(fail context.CancelCauseFunc) (stop func(), err e
 		fmt.Fprintln(w, "ok, standing by")
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	go func() {
-		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			fail(fmt.Errorf("serve health: %w", err))
-		}
-	}()
-	return func() { srv.Close() }, nil
+	defer context.AfterFunc(ctx, func() { srv.Close() })()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve health: %w", err)
+	}
+	return nil
 }
 
 // caches mirror what the passes read, by list and watch.

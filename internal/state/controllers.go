@@ -15,6 +15,8 @@ import (
 // Controller is the health of one loop.
 type Controller = model.Controller
 
+var controllerByName = byString("name", func(r Controller) string { return r.Name })
+
 func newControllers(db *statedb.DB) (statedb.RWTable[Controller], error) {
 	return statedb.NewTableAny(db, "controllers",
 		func() []string {
@@ -23,7 +25,7 @@ func newControllers(db *statedb.DB) (statedb.RWTable[Controller], error) {
 		func(r Controller) []string {
 			return []string{r.Name, strconv.Itoa(r.Rows), strconv.Itoa(r.Failing), stamp(r.LastSuccess), stamp(r.LastError),
 				strconv.FormatUint(r.Errors, 10), r.Message}
-		}, byString("name", func(r Controller) string { return r.Name }))
+		}, controllerByName)
 }
 
 func stamp(nanoseconds int64) string {

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/lash-net/lash/api/agent"
+	"github.com/lash-net/lash/internal/model"
+)
+
+// group is a command that only holds others.
+func group(use, short string, aliases []string, sub ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: use, Short: short, GroupID: "node", Aliases: aliases,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			var names []string
+			for _, c := range cmd.Commands() {
+				names = append(names, c.Name())
+			}
+			return fmt.Errorf("unknown command %q for %q: it has %s", args[0], cmd.CommandPath(), strings.Join(names, ", "))
+		},
+	}
+	cmd.AddCommand(sub...)
+	return cmd
+}
+
+// listing is a command that gets path from the agent and prints it as JSON or by print.
+func listing[T any](a *app, use, short, path string, print func(io.Writer, T)) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short, Args: cobra.NoArgs}
+	a.outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var v T
+			if err := c.get(ctx, path, &v); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(v); done || err != nil {
+				return err
+			}
+			print(a.Out, v)
+			return nil
+		})
+	}
+	return cmd
+}
+
+func (a *app) endpointCommand() *cobra.Command {
+	get := &cobra.Command{
+		Use: "get ID", Short: "Show everything about one endpoint", Args: cobra.ExactArgs(1),
+		Example: "  lash endpoint get 1066",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if n, err := strconv.ParseUint(args[0], 10, 16); err != nil || n == 0 {
+				return fmt.Errorf("endpoint %q: must be a number from 1 to 65535, the first column of 'lash endpoint list'", args[0])
+			}
+			return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+				var e model.Endpoint
+				if err := c.get(ctx, "/v1/endpoints/"+args[0], &e); err != nil {
+					return err
+				}
+				a.output = "json"
+				_, err := a.printJSON(e)
+				return err
+			})
+		},
+	}
+	return group("endpoint", "Pods of this node, as the datapath knows them", []string{"endpoints", "ep"},
+		listing(a, "list", "List the endpoints", "/v1/endpoints", printEndpoints), get)
+}
+
+func printEndpoints(out io.Writer, eps []model.Endpoint) {
+	w := columns(out)
+	row(w, "ENDPOINT", "POLICY (ingress)", "POLICY (egress)", "IDENTITY", "LABELS (source:key[=value])", "IPv6", "IPv4", "STATUS", "")
+	row(w, "", "ENFORCEMENT", "ENFORCEMENT", "", "", "", "", "", "")
+	slices.SortFunc(eps, func(x, y model.Endpoint) int { return int(x.ID) - int(y.ID) })
+	for _, e := range eps {
+		labels := labelLines(e)
+		row(w, strconv.Itoa(int(e.ID)), "Disabled", "Disabled", strconv.Itoa(int(e.Identity)), labels[0], addr(e.IPv6), addr(e.IPv4), e.State, "")
+		for _, l := range labels[1:] {
+			row(w, "", "", "", "", l, "", "", "", "")
+		}
+	}
+	w.Flush()
+}
+
+// labelLines returns at least one line.
+func labelLines(e model.Endpoint) []string {
+	var lines []string
+	for _, key := range slices.Sorted(maps.Keys(e.Labels)) {
+		l := key
+		if v := e.Labels[key]; v != "" {
+			l += "=" + v
+		}
+		if !strings.Contains(key, ":") {
+			l = "k8s:" + l
+		}
+		lines = append(lines, l)
+	}
+	if len(lines) == 0 {
+		return []string{e.Identity.String()}
+	}
+	return lines
+}
+
+func (a *app) ipCommand() *cobra.Command {
+	return group("ip", "Addresses of the cluster and their identities", []string{"ips"},
+		listing(a, "list", "List the addresses", "/v1/ip", printIPs))
+}
+
+func printIPs(out io.Writer, ips []agent.IP) {
+	w := columns(out)
+	row(w, "IP", "IDENTITY", "SOURCE")
+	for _, ip := range ips {
+		labels := ip.Labels
+		if len(labels) == 0 {
+			labels = []string{ip.Identity.String()}
+		}
+		row(w, ip.Prefix.String(), labels[0], ip.Source)
+		for _, l := range labels[1:] {
+			row(w, "", l, "")
+		}
+	}
+	w.Flush()
+}
+
+func (a *app) nodeCommand() *cobra.Command {
+	return group("node", "Nodes of the cluster", []string{"nodes"},
+		listing(a, "list", "List the nodes", "/v1/nodes", printNodes))
+}
+
+func printNodes(out io.Writer, nodes []model.Node) {
+	w := columns(out)
+	row(w, "Name", "IPv4 Address", "Endpoint CIDR", "IPv6 Address", "Endpoint CIDR", "Source")
+	slices.SortFunc(nodes, func(x, y model.Node) int { return strings.Compare(x.Name, y.Name) })
+	for _, n := range nodes {
+		var addr4, addr6, cidr4, cidr6 string
+		for _, x := range slices.Backward(n.Addrs) {
+			if x.Is4() {
+				addr4 = x.String()
+			} else {
+				addr6 = x.String()
+			}
+		}
+		for _, p := range slices.Backward(n.PodCIDRs) {
+			if p.Addr().Is4() {
+				cidr4 = p.String()
+			} else {
+				cidr6 = p.String()
+			}
+		}
+		source := n.Source
+		if n.Local {
+			source = "local"
+		}
+		row(w, n.Name, addr4, cidr4, addr6, cidr6, source)
+	}
+	w.Flush()
+}
+
+func (a *app) serviceCommand() *cobra.Command {
+	return group("service", "Services and their backends", []string{"services", "svc"},
+		listing(a, "list", "List the services", "/v1/services", printServices))
+}
+
+func printServices(out io.Writer, services []agent.Service) {
+	w := columns(out)
+	row(w, "ID", "Frontend", "Service Type", "Backend", "")
+	slices.SortFunc(services, func(x, y agent.Service) int { return int(x.ID) - int(y.ID) })
+	for _, s := range services {
+		first := []string{strconv.Itoa(int(s.ID)), s.Frontend, s.Type}
+		if len(s.Backends) == 0 {
+			row(w, append(first, "", "")...)
+		}
+		for i, b := range s.Backends {
+			text := fmt.Sprintf("%d => %s/%s (%s)", i+1, netip.AddrPortFrom(b.Addr, b.Port), model.ProtoName(b.Proto), b.State)
+			row(w, append(slices.Clone(first), text, "")...)
+			first = []string{"", "", ""}
+		}
+	}
+	w.Flush()
+}
+
+func (a *app) bpfCommand() *cobra.Command {
+	var subs []*cobra.Command
+	for _, m := range []struct{ name, short string }{
+		{"net", "Programs and where they are attached"},
+		{"endpoint", "Local addresses"},
+		{"ct", "Connections"},
+		{"ipcache", "Identities and nodes of addresses"},
+		{"lb", "Services and their backends"},
+		{"nat", "Translated connections"},
+		{"metrics", "Packets forwarded and dropped, by reason"},
+	} {
+		subs = append(subs, group(m.name, m.short, nil, listing(a, "list", m.short, "/v1/bpf/"+m.name, printTable)))
+	}
+	for _, s := range subs {
+		s.GroupID = ""
+	}
+	return group("bpf", "Maps and programs in the kernel", nil, subs...)
+}
+
+func (a *app) dbCommand() *cobra.Command {
+	show := &cobra.Command{
+		Use: "show TABLE", Short: "Show the rows of one table", Args: cobra.ExactArgs(1), Example: "  lash db show routes",
+	}
+	a.outputFlag(show)
+	show.RunE = func(cmd *cobra.Command, args []string) error {
+		if strings.ContainsAny(args[0], "/?#%") {
+			return fmt.Errorf("table %q: must be one of those 'lash db list' shows", args[0])
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var t agent.Table
+			if err := c.get(ctx, "/v1/db/"+args[0], &t); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(t); done || err != nil {
+				return err
+			}
+			printTable(a.Out, t)
+			return nil
+		})
+	}
+	list := listing(a, "list", "List the tables", "/v1/db", func(out io.Writer, tables []agent.TableInfo) {
+		w := columns(out)
+		row(w, "TABLE", "ROWS", "COMPLETE")
+		for _, t := range tables {
+			row(w, t.Name, strconv.Itoa(t.Rows), strconv.FormatBool(t.Complete))
+		}
+		w.Flush()
+	})
+	return group("db", "The agent's tables: everything it knows", nil, list, show)
+}
+
+func printTable(out io.Writer, t agent.Table) {
+	w := columns(out)
+	row(w, append(slices.Clone(t.Columns), "")...)
+	for _, r := range t.Rows {
+		row(w, append(slices.Clone(r), "")...)
+	}
+	w.Flush()
+}
+
+func addr(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}
