@@ -66,7 +66,7 @@ func TestMarksFollowTheLookupsOfAPacket(t *testing.T) {
 	for _, c := range []struct {
 		length int
 		want   []byte
-	}{{30, []byte{0, 0, 0, 0, 1, 0, 0, 0}}, {60, []byte{1, 0, 0, 0, 1, 0, 0, 0}}} {
+	}{{36, []byte{0, 0, 0, 0, 1, 0, 0, 0}}, {60, []byte{1, 0, 0, 0, 1, 0, 0, 0}}} {
 		if err := marks.Put(uint32(0), make([]byte, 8)); err != nil {
 			t.Fatal(err)
 		}
