@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check netns e2e test demo demo-down test-kernels clean
+.PHONY: help deps bpf bpf-objects build image lint unit check netns e2e test demo demo-down test-kernels bench bench-control clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,19 @@ demo: image ## a three-node cluster on Lash, checked and left running
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down
+
+KERNELS        ?= 6.1,6.12
+KERNEL_TESTS   ?= ./test/vm/features ./test/netns ./internal/datapath/...
+test-kernels: bpf ## the namespace tests on Debian's 6.1 and 6.12 kernels, in qemu
+	$(SAY) 'kernels: $(KERNELS)'
+	CGO_ENABLED=0 go run ./test/vm -kernel $(KERNELS) -timeout 20m $(addprefix -pkg ,$(KERNEL_TESTS))
+
+bench: bpf ## Lash against the bare namespaces, in one run, with gates; BENCH="-rounds 20" adds flags
+	go run ./test/bench $(BENCH)
+
+bench-control: bpf ## CNI ADD of 100 pods, the agent's start and memory
+	$(GO_BUILD) -o bin/ ./cmd/lash-agent ./cmd/lash-cni
+	go run ./test/bench/control $(BENCH)
 
 clean:
 	rm -rf bin dist bpf/obj

@@ -5,14 +5,23 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
 
+	"github.com/lash-net/lash/internal/bench"
 	"github.com/lash-net/lash/internal/cli"
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == bench.WorkerArg { // executed by lash bench
+		if err := bench.RunWorker(); err != nil {
+			fmt.Fprintln(os.Stderr, "lash bench: worker:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := cli.Main(ctx, os.Args[1:], cli.Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr})
 	stop()

@@ -162,9 +162,9 @@ func TestEveryPathHasItsBaselineAndGates(t *testing.T) {
 }
 
 func TestOddFlagsAreRefused(t *testing.T) {
-	for _, args := range [][]string{{"-rounds", "0"}, {"-cell", "1ms"}, {"-paths", "nowhere"}, {"-kinds", "udp"}, {"-families", "5"}, {"-kinds", ""}, {"more"}} {
+	for _, args := range [][]string{{"-rounds", "0"}, {"-cell", "1ms"}, {"-paths", "nowhere"}, {"-kinds", "udp"}, {"-families", "5"}, {"-kinds", ""}, {"more"}, {"-ruonds", "3"}} {
 		var out bytes.Buffer
-		if err := Main(context.Background(), args, &out, &out); err == nil || strings.Contains(err.Error(), "root") {
+		if err := Main(context.Background(), args, "", &out, &out); err == nil || strings.Contains(err.Error(), "root") {
 			t.Errorf("%q gives %v, want an error that names the flag", args, err)
 		}
 	}

@@ -41,6 +41,7 @@ type lashCluster struct {
 type lashPod struct {
 	*Netns
 	addr4, addr6 netip.Addr
+	device       string // host side
 }
 
 // lash sets the cluster up once for all of Lash's paths.
@@ -205,7 +206,7 @@ func (t *Topology) lashPod(n *lashNode) (*lashPod, error) {
 	if err := n.host.StartPod(ctx, ns.file, ep, n.network); err != nil {
 		return nil, err
 	}
-	return &lashPod{ns, v4, v6}, n.datapath.Raise("pod added")
+	return &lashPod{ns, v4, v6, ep.IfName}, n.datapath.Raise("pod added")
 }
 
 // sweep does the agent's housekeeping between rounds: closed connections go.

@@ -21,12 +21,15 @@ import (
 var ErrGates = errors.New("not every gate was kept")
 
 // Main is the bench as a command: it parses args, runs, prints the report to out
-// and its progress to progress. The error is ErrGates if only a gate failed.
-func Main(ctx context.Context, args []string, out, progress io.Writer) error {
+// and its progress to progress. file is where the report is written, too, unless
+// the args say otherwise; empty: nowhere. The error is ErrGates if only a gate
+// failed, and flag.ErrHelp if only help was asked for.
+func Main(ctx context.Context, args []string, file string, out, progress io.Writer) error {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	fs.SetOutput(progress)
-	fs.Usage = func() {
-		fmt.Fprintln(progress, "Measures Lash against bare network namespaces in the same run. Needs root; makes its own namespaces and leaves nothing.\n\nFlags:")
+	fs.SetOutput(io.Discard)
+	usage := func() {
+		fs.SetOutput(out)
+		fmt.Fprintln(out, "Measures Lash against bare network namespaces in the same run. Needs root; makes its own namespaces and leaves nothing.\n\nFlags:")
 		fs.PrintDefaults()
 	}
 	rounds := fs.Int("rounds", 16, "rounds; a result needs at least ten")
@@ -34,9 +37,12 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 	paths := fs.String("paths", "", "comma-separated paths, whose baselines come along; all for every one (default: those of Lash and its limits)")
 	kinds := fs.String("kinds", strings.Join(Kinds, ","), "comma-separated kinds of traffic")
 	families := fs.String("families", "4,6", "address families")
-	file := fs.String("json", "dist/bench.json", "write the report there as well; empty: do not")
-	if err := fs.Parse(args); err != nil {
+	fs.StringVar(&file, "json", file, "write the report there as well; empty: do not")
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+		usage()
 		return err
+	} else if err != nil {
+		return fmt.Errorf("%w (-help lists the flags)", err)
 	}
 	o := Options{Rounds: *rounds, Cell: *cell, Say: func(format string, args ...any) {
 		fmt.Fprintf(progress, "bench: "+format+"\n", args...)
@@ -85,11 +91,11 @@ func Main(ctx context.Context, args []string, out, progress io.Writer) error {
 	if err := report.Print(out); err != nil {
 		return err
 	}
-	if *file != "" {
-		if err := WriteJSON(*file, report); err != nil {
+	if file != "" {
+		if err := WriteJSON(file, report); err != nil {
 			return err
 		}
-		o.Say("report in %s", *file)
+		o.Say("report in %s", file)
 	}
 	if !report.OK {
 		return ErrGates

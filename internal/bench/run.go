@@ -258,7 +258,16 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newReport(o, b, cells, programs), nil
+	report := newReport(o, b, cells, programs)
+	if c := b.topology.cluster; c != nil {
+		if report.Lookups, err = c.lookups(); err != nil {
+			return nil, err
+		}
+		for _, l := range report.Lookups {
+			report.OK = report.OK && l.Verdict == pass
+		}
+	}
+	return report, nil
 }
 
 func (o Options) estimate() time.Duration {

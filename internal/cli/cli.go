@@ -94,7 +94,7 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
 	root.AddCommand(
 		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(),
 		a.statusCommand(), a.endpointCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.bpfCommand(), a.dbCommand(),
-		a.versionCommand(),
+		a.benchCommand(), a.versionCommand(),
 	)
 	return root
 }

@@ -26,7 +26,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	err := bench.Main(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	err := bench.Main(ctx, os.Args[1:], "dist/bench.json", os.Stdout, os.Stderr)
 	switch {
 	case err == nil || errors.Is(err, flag.ErrHelp):
 	case ctx.Err() != nil:
