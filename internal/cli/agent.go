@@ -92,7 +92,7 @@ func (a *app) onAgent(cmd *cobra.Command, args []string, f func(context.Context,
 	if a.kubeconfig == "" && a.context == "" && a.node == "" && err == nil {
 		return f(ctx, newClient(a.socket))
 	}
-	if cmd.Flags().Changed("socket") {
+	if err != nil && cmd.Flags().Changed("socket") {
 		return fmt.Errorf("no socket %s: is the agent running on this machine?", a.socket)
 	}
 	k, err := a.cluster()
