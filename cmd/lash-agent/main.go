@@ -36,7 +36,12 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := start(ctx, os.Args[1:]); errors.Is(err, flag.ErrHelp) {
+	do := start
+	args := os.Args[1:]
+	if len(args) > 0 && args[0] == "cleanup" {
+		do, args = func(ctx context.Context, args []string) error { return cleanup(ctx, args, os.Stdout) }, args[1:]
+	}
+	if err := do(ctx, args); errors.Is(err, flag.ErrHelp) {
 		fmt.Print(config.Usage("lash-agent"))
 	} else if err != nil {
 		fmt.Fprintln(os.Stderr, "lash-agent:", err)
@@ -73,6 +78,11 @@ func start(ctx context.Context, args []string) error {
 		return err
 	}
 	defer unlock()
+	if mounted, err := mountBPF(cfg.BPFRoot); err != nil {
+		return err
+	} else if mounted {
+		log.Info("BPF file system mounted", "path", cfg.BPFRoot)
+	}
 	return run(ctx, cfg, name, log)
 }
 

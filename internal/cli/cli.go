@@ -74,7 +74,6 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
   lash status --node worker-1 --why  what decides how this node forwards packets`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetOut(s.Out)

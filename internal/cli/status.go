@@ -107,6 +107,13 @@ func printWhy(out io.Writer, s *agent.Status) {
 func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 	w := columns(out)
 	line := func(label string, cells ...string) { row(w, append([]string{label + ":"}, cells...)...) }
+	// A table within the lines is aligned by itself.
+	table := func(print func(io.Writer)) {
+		w.Flush()
+		tw := columns(out)
+		print(tw)
+		tw.Flush()
+	}
 	component := func(label string, c agent.Component) { line(label, c.State, c.Message) }
 	// A component that has one thing to say is one cell wide, so that it does not widen the column of the others.
 	short := func(label string, c agent.Component) {
@@ -165,13 +172,13 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 		}
 	}
 	line("Controller Status", fmt.Sprintf("%d/%d healthy", healthy, len(s.Controllers)))
-	controllers(w, s, verbose)
+	table(func(tw io.Writer) { controllers(tw, s, verbose) })
 	short("Proxy Status", s.Proxy)
 	line("Global Identity Range", fmt.Sprintf("min %d, max %d", s.IdentityRange.Min, s.IdentityRange.Max))
 	short("Hubble", s.Hubble)
 	if verbose {
-		kprDetails(w, kpr)
-		bpfMaps(w, s.BPFMaps)
+		table(func(tw io.Writer) { kprDetails(tw, kpr) })
+		table(func(tw io.Writer) { bpfMaps(tw, s.BPFMaps) })
 	}
 	short("Encryption", s.Encryption)
 	clusterHealth(line, s.ClusterHealth)

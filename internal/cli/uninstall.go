@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -96,7 +97,23 @@ func (k *cluster) cleanupTemplate(ctx context.Context, namespace string) (*corev
 	}
 	spec := *ds.Spec.Template.Spec.DeepCopy()
 	c := spec.Containers[0]
-	c.Name, c.Command, c.Args = "cleanup", []string{"/usr/bin/lash-agent"}, []string{"cleanup"}
+	c.Name, c.Command = "cleanup", []string{"/usr/bin/lash-agent"}
+	c.Args = []string{"cleanup"}
+	// The agent's directory is to be removed, and a mount point cannot be: its parent is mounted instead.
+	const parent = "/host-run"
+	for i, v := range spec.Volumes {
+		if v.Name == "run" && v.HostPath != nil {
+			base := path.Base(v.HostPath.Path)
+			spec.Volumes[i].HostPath = &corev1.HostPathVolumeSource{Path: path.Dir(v.HostPath.Path)}
+			c.Args = append(c.Args, "--socket-path="+path.Join(parent, base, "lash.sock"),
+				"--cni-socket-path="+path.Join(parent, base, "cni.sock"), "--state-dir="+path.Join(parent, base, "state"))
+		}
+	}
+	for i, m := range c.VolumeMounts {
+		if m.Name == "run" {
+			c.VolumeMounts[i].MountPath = parent
+		}
+	}
 	c.StartupProbe, c.LivenessProbe, c.ReadinessProbe = nil, nil, nil
 	// The ConfigMap goes with the release; the rest is where the agent had it.
 	c.VolumeMounts = slices.DeleteFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == "config" })
