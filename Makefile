@@ -47,7 +47,8 @@ lint: bpf
 
 unit: bpf
 	$(SAY) 'unit: pure stages and programs, -race'
-	go test -race -shuffle=on -count=1 ./api/... ./bpf/... ./cmd/... ./internal/...
+	go test -race -shuffle=on -count=1 ./api/... ./bpf/... ./cmd/lash-agent ./cmd/lash-cni $$(go list ./internal/... | grep -v internal/cli)
+	go test -count=1 ./cmd/lash ./cmd/lash-operator ./internal/cli ./hack/... ./deploy/... ./test/vm
 	cd sandbox && go test -count=1 ./...
 
 check: lint unit ## the quick layer
