@@ -368,6 +368,7 @@ struct scratch {
 	__u8 fib[64];            /* struct bpf_fib_lookup */
 	__u8 pkt[80];            /* struct pkt */
 	__u8 plan[160];          /* struct plan */
+	__u8 tuple[40];          /* struct bpf_sock_tuple */
 };
 
 struct {

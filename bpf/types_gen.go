@@ -145,7 +145,7 @@ type Runtime struct {
 	Ticks uint64
 }
 
-// Scratch is struct scratch, 512 bytes.
+// Scratch is struct scratch, 552 bytes.
 type Scratch struct {
 	Conn   Conn
 	Key    ConnKey
@@ -153,6 +153,7 @@ type Scratch struct {
 	FIB    [64]uint8
 	Pkt    [80]uint8
 	Plan   [160]uint8
+	Tuple  [40]uint8
 }
 
 // Service is struct service, 16 bytes.

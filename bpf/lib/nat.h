@@ -108,29 +108,33 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
 				       const struct addr *nat, __be16 port)
 {
-	struct bpf_sock_tuple t = {};
+	__u32 zero = 0, size;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct bpf_sock_tuple *t;
 	struct bpf_sock *sk;
-	__u32 size;
 
+	if (!scratch)
+		return true;
+	t = (struct bpf_sock_tuple *)scratch->tuple;
 	if (p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP)
 		return false;
 	if (p->v6) {
-		__builtin_memcpy(t.ipv6.saddr, &p->dst, 16);
-		__builtin_memcpy(t.ipv6.daddr, nat, 16);
-		t.ipv6.sport = p->dport;
-		t.ipv6.dport = port;
-		size = sizeof(t.ipv6);
+		__builtin_memcpy(t->ipv6.saddr, &p->dst, 16);
+		__builtin_memcpy(t->ipv6.daddr, nat, 16);
+		t->ipv6.sport = p->dport;
+		t->ipv6.dport = port;
+		size = sizeof(t->ipv6);
 	} else {
-		t.ipv4.saddr = p->dst.w[3];
-		t.ipv4.daddr = nat->w[3];
-		t.ipv4.sport = p->dport;
-		t.ipv4.dport = port;
-		size = sizeof(t.ipv4);
+		t->ipv4.saddr = p->dst.w[3];
+		t->ipv4.daddr = nat->w[3];
+		t->ipv4.sport = p->dport;
+		t->ipv4.dport = port;
+		size = sizeof(t->ipv4);
 	}
 	if (p->proto == IPPROTO_TCP)
-		sk = bpf_skc_lookup_tcp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_skc_lookup_tcp(skb, t, size, BPF_F_CURRENT_NETNS, 0);
 	else
-		sk = bpf_sk_lookup_udp(skb, &t, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_sk_lookup_udp(skb, t, size, BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
 	bpf_sk_release(sk);
