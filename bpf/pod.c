@@ -8,9 +8,7 @@
 
 #define FILE_ID FILE_POD
 
-/* The far side of what a pod sends: a pod here, the host, or somewhere by route.
- * Decides both directions in *orig and *reply as the initiator and its peer see
- * them; reversed: this packet is the peer's. Returns the action for this packet. */
+/* What the slow path decides before any of it is published. */
 struct plan {
 	struct conn_dir forth;   /* the packet's own direction */
 	struct conn_dir back;
@@ -18,6 +16,8 @@ struct plan {
 	__u32 why;
 };
 
+/* plan_route decides what leaves the node: both directions, masquerading with them when
+ * the packet is the initiator's (orig). The action for this packet, or a drop reason. */
 static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, struct plan *plan,
 				      const struct iface *iface, struct conn_key *k, struct conn *c, bool orig)
 {
