@@ -369,6 +369,7 @@ struct scratch {
 	__u8 pkt[80];            /* struct pkt */
 	__u8 plan[160];          /* struct plan */
 	__u8 tuple[40];          /* struct bpf_sock_tuple */
+	__u8 inner[48];          /* struct inner */
 };
 
 struct {

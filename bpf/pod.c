@@ -64,20 +64,26 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 /* A pod's report about what reached it by way of a masqueraded connection. */
 static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
 {
-	struct conn_key k;
-	struct inner in;
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_key *k;
+	struct inner *in;
 	struct conn *c;
 	bool from_hi;
 	int err;
 
-	err = inner_parse(skb, p, &in);
+	if (!scratch)
+		return DROP(p, DROP_CT_INVALID);
+	k = &scratch->nat_key;
+	in = (struct inner *)scratch->inner;
+	err = inner_parse(skb, p, in);
 	if (err)
 		return err;
-	from_hi = conn_key(&k, &in.src, in.sport, &in.dst, in.dport, in.proto);
-	c = bpf_map_lookup_elem(&lash_conn, &k);
+	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
+	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
 		return 0;
-	return icmp_translate(skb, p, &in, false, &c->nat_addr, c->nat_port);
+	return icmp_translate(skb, p, in, false, &c->nat_addr, c->nat_port);
 }
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)

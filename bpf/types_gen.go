@@ -145,7 +145,7 @@ type Runtime struct {
 	Ticks uint64
 }
 
-// Scratch is struct scratch, 552 bytes.
+// Scratch is struct scratch, 600 bytes.
 type Scratch struct {
 	Conn   Conn
 	Key    ConnKey
@@ -154,6 +154,7 @@ type Scratch struct {
 	Pkt    [80]uint8
 	Plan   [160]uint8
 	Tuple  [40]uint8
+	Inner  [48]uint8
 }
 
 // Service is struct service, 16 bytes.

@@ -225,6 +225,7 @@ static __always_inline int inner_parse(struct __sk_buff *skb, struct pkt *p, str
 {
 	__be16 ports[4] = {};
 
+	_Static_assert(sizeof(*in) <= sizeof(((struct scratch *)0)->inner), "struct inner outgrew its place in struct scratch");
 	__builtin_memset(in, 0, sizeof(*in));
 	in->l3 = p->l4 + 8;
 	if (p->v6) {
@@ -274,21 +275,21 @@ static __always_inline int inner_parse(struct __sk_buff *skb, struct pkt *p, str
 	return 0;
 }
 
-/* put changes bytes of an ICMP error and its checksum with them; size 2 or 4 or 16. */
+/* icmp_put changes an address (4 or 16 bytes) in an ICMP error and the error's checksum with it.
+ * flags: BPF_F_PSEUDO_HDR for an address that the checksum covers without containing it. */
 static __always_inline int icmp_put(struct __sk_buff *skb, const struct pkt *p, __u32 off,
-				    const void *from, const void *to, const __u32 size, bool covered)
+				    const void *from, const void *to, const __u32 size, __u64 flags)
 {
-	__u32 old[4] = {}, new[4] = {};
-	__s64 diff;
+	__s64 diff = bpf_csum_diff((void *)from, size, (void *)to, size, 0);
 
-	__builtin_memcpy(old, from, size);
-	__builtin_memcpy(new, to, size);
-	if (covered) {
-		diff = bpf_csum_diff(old, size < 4 ? 4 : size, new, size < 4 ? 4 : size, 0);
-		if (bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, p->v6 ? BPF_F_PSEUDO_HDR : 0))
-			return -1;
-	}
-	return bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
+	return bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, flags) || bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
+}
+
+/* icmp_put16 changes a port or a checksum that an ICMP error quotes. */
+static __always_inline int icmp_put16(struct __sk_buff *skb, const struct pkt *p, __u32 off, __be16 from, __be16 to)
+{
+	return bpf_l4_csum_replace(skb, p->l4 + 2, from, to, sizeof(to)) ||
+	       bpf_skb_store_bytes(skb, off, &to, sizeof(to), 0) ? -1 : 0;
 }
 
 /* icmp_translate rewrites an ICMP error about a masqueraded packet. to_pod: it comes
@@ -297,42 +298,41 @@ static __always_inline int icmp_put(struct __sk_buff *skb, const struct pkt *p, 
 static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in, bool to_pod,
 				     struct addr *addr, __be16 port)
 {
-	struct addr old_outer = to_pod ? p->dst : p->src;
-	struct addr old_inner = to_pod ? in->src : in->dst;
+	const struct addr *old_outer = to_pod ? &p->dst : &p->src;
+	const struct addr *old_inner = to_pod ? &in->src : &in->dst;
 	__be16 old_port = to_pod ? in->sport : in->dport;
 
 	if (p->v6) {
 		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
 		__u32 inner = in->l3 + (to_pod ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
 
-		if (icmp_put(skb, p, outer, &old_outer, addr, 16, true) ||
-		    icmp_put(skb, p, inner, &old_inner, addr, 16, true))
+		if (icmp_put(skb, p, outer, old_outer, addr, 16, BPF_F_PSEUDO_HDR) ||
+		    icmp_put(skb, p, inner, old_inner, addr, 16, 0))
 			return DROP(p, DROP_WRITE);
 	} else {
 		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
 		__u32 inner = in->l3 + (to_pod ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
-		__u16 check[2] = {}, fixed[2] = {};
+		__u16 check;
 		__u32 sum;
 
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old_outer.w[3], addr->w[3], 4) ||
-		    icmp_put(skb, p, outer, &old_outer.w[3], &addr->w[3], 4, false) ||
-		    icmp_put(skb, p, inner, &old_inner.w[3], &addr->w[3], 4, true))
+		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old_outer->w[3], addr->w[3], 4) ||
+		    bpf_skb_store_bytes(skb, outer, &addr->w[3], 4, 0) ||
+		    icmp_put(skb, p, inner, &old_inner->w[3], &addr->w[3], 4, 0))
 			return DROP(p, DROP_WRITE);
 		/* The quoted header's own checksum, so that the receiver finds it sound. */
-		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), check, 2))
+		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), &check, sizeof(check)))
 			return DROP(p, DROP_WRITE);
-		sum = (__u16)~check[0] + (__u16)~(old_inner.w[3] & 0xffff) + (__u16)~(old_inner.w[3] >> 16) +
+		sum = (__u16)~check + (__u16)~(old_inner->w[3] & 0xffff) + (__u16)~(old_inner->w[3] >> 16) +
 		      (addr->w[3] & 0xffff) + (addr->w[3] >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
-		fixed[0] = ~sum;
-		if (icmp_put(skb, p, in->l3 + offsetof(struct iphdr, check), check, fixed, 2, true))
+		if (icmp_put16(skb, p, in->l3 + offsetof(struct iphdr, check), check, (__u16)~sum))
 			return DROP(p, DROP_WRITE);
 	}
 	if (in->port_off && old_port != port && in->proto != IPPROTO_SCTP) {
 		__u32 off = in->port_off + (to_pod || in->echo ? 0 : 2);
 
-		if (icmp_put(skb, p, off, &old_port, &port, 2, true))
+		if (icmp_put16(skb, p, off, old_port, port))
 			return DROP(p, DROP_WRITE);
 	}
 	return 0;
