@@ -329,7 +329,6 @@ enum hook {
 	HOOK_NETDEV,             /* from_netdev */
 	HOOK_HOST,               /* from_host */
 	HOOK_NETDEV_OUT,         /* to_netdev */
-	HOOK_POD_IN,             /* to_container */
 	HOOK_SOCK,
 	HOOKS,
 };

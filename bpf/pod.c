@@ -1,8 +1,8 @@
 //go:build ignore
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The host side of every pod's veth pair. from_container (ingress): what the pod
- * sends. to_container (egress): what the stack and from_host deliver to it. */
+/* The host side of every pod's veth pair, ingress: what the pod sends. What is sent to the
+ * pod has passed another program already (from_container, from_netdev, from_host). */
 #include "lib/route.h"
 #include "lib/neigh.h"
 
@@ -207,7 +207,6 @@ static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bo
 	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
 	if (p->icmp_type == ICMP6_NS && iface && answer_nd(skb, iface)) {
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	}
 	if (p->icmp_type == ICMP6_REDIRECT)
@@ -240,7 +239,6 @@ int from_container(struct __sk_buff *skb)
 		if (!iface || !answer_arp(skb, iface))
 			return VERDICT_DROP; /* for somebody who does not exist here: silence */
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	} else {
 		__builtin_memset(&p, 0, sizeof(p));
@@ -257,14 +255,6 @@ int from_container(struct __sk_buff *skb)
 		}
 	}
 	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
-}
-
-/* Ingress policy for what the stack delivers comes in here. */
-SEC("tc")
-int to_container(struct __sk_buff *skb)
-{
-	count(HOOK_POD_IN, SLOW_NOT, skb->len);
-	return VERDICT_OK;
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

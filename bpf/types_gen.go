@@ -274,9 +274,8 @@ const (
 	HookNetdev    = 1
 	HookHost      = 2
 	HookNetdevOut = 3
-	HookPodIn     = 4
-	HookSock      = 5
-	Hooks         = 6
+	HookSock      = 4
+	Hooks         = 5
 )
 
 // enum identity.
@@ -381,6 +380,6 @@ var Maps = []string{
 var Programs = map[string][]string{
 	"host":   {"from_host"},
 	"netdev": {"from_netdev", "to_netdev"},
-	"pod":    {"clock", "from_container", "to_container"},
+	"pod":    {"clock", "from_container"},
 	"sock":   {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
 }

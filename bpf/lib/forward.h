@@ -7,8 +7,8 @@
 
 #define FILE_ID FILE_ROUTE
 
-/* skb->mark of packets that are finished with this node: to_netdev and
- * to_container let them pass unread. The field's value for "SNAT done". */
+/* skb->mark of packets that are finished with this node: to_netdev lets them
+ * pass unread. The field's value for "SNAT done". */
 #define MARK_MASK 0x0f00
 #define MARK_DONE 0x0300
 
@@ -50,7 +50,6 @@ static __always_inline int to_pod(struct __sk_buff *skb, const enum hook hook, _
 	/* redirect_peer exists at ingress only, and from 5.10 on. */
 	if (hook != HOOK_HOST && cfg_host_routing)
 		return bpf_redirect_peer(ifindex, 0);
-	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 	return bpf_redirect(ifindex, 0);
 }
 

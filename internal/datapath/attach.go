@@ -28,7 +28,7 @@ type hook struct {
 }
 
 var (
-	podHooks    = []hook{{"from_container", ebpf.AttachTCXIngress}, {"to_container", ebpf.AttachTCXEgress}}
+	podHooks    = []hook{{"from_container", ebpf.AttachTCXIngress}}
 	deviceHooks = []hook{{"from_netdev", ebpf.AttachTCXIngress}, {"to_netdev", ebpf.AttachTCXEgress}}
 	hostHooks   = []hook{{"from_host", ebpf.AttachTCXEgress}}
 )

@@ -144,7 +144,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 }
 
 var hookNames = [bpf.Hooks]string{
-	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookPodIn: "to-container", bpf.HookSock: "sock",
+	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock",
 }
 
 var slowNames = [bpf.CountRows]string{
