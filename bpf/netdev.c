@@ -8,15 +8,6 @@
 
 #define FILE_ID FILE_NETDEV
 
-/* for_pods: the destination may be a pod of this node. With one pod CIDR a family,
- * known at load time, the node's own traffic is told apart without a lookup. */
-static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
-{
-	if (p->v6)
-		return !mask_set(cfg_pod6_mask) || addr_within(a, cfg_pod6_net, cfg_pod6_mask);
-	return !mask_set(cfg_pod4_mask) || addr_within(a, cfg_pod4_net, cfg_pod4_mask);
-}
-
 /* decide_answer finds the way back to where the packet came from. What the FIB cannot
  * tell now, the pod's first packet back will ask for itself. */
 static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 pod_ifindex,
@@ -217,7 +208,7 @@ int from_netdev(struct __sk_buff *skb)
 			return VERDICT_DROP;
 		verdict = from_netdev_slow(skb, slow, why);
 		/* Without a pod CIDR to go by, the node's own addresses come here too. */
-		if (verdict == VERDICT_OK && (slow->v6 ? !mask_set(cfg_pod6_mask) : !mask_set(cfg_pod4_mask)))
+		if (verdict == VERDICT_OK && !pods_known(slow))
 			verdict = to_node(skb, slow);
 	} else {
 		if (!may_answer_masqueraded(&p))
