@@ -32,6 +32,17 @@ static __always_inline __u32 l4_checksum(const struct pkt *p, __u64 *flags)
 	return 0;
 }
 
+/* l4_csum_address6: a change of an IPv6 address in the L4 checksum that covers it. The kernel
+ * takes it off the device's sum of the packet too, as IPv4 needs it, whose header sums to
+ * nothing; here the address itself stays in that sum. 0, or -1. */
+static __always_inline int l4_csum_address6(struct __sk_buff *skb, __u32 off, __s64 diff, __u64 flags)
+{
+	if (bpf_l4_csum_replace(skb, off, 0, diff, flags))
+		return -1;
+	bpf_csum_update(skb, diff);
+	return 0;
+}
+
 /* nat_rewrite replaces the source (or destination) address and port. SCTP keeps its
  * ports: its checksum covers the payload. 0, or -1 when the packet cannot be written. */
 static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *p, bool source,
@@ -42,6 +53,18 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *
 	__u32 sum = p->flags & PKT_LATER ? 0 : l4_checksum(p, &flags);
 	__u32 port_off = 0;
 	struct addr old = *from, new = *to;
+	__u64 store = 0;
+	__be16 check;
+
+	if (p->proto == IPPROTO_UDP && sum) {
+		if (bpf_skb_load_bytes(skb, sum, &check, sizeof(check)))
+			return -1;
+		if (!check)
+			sum = 0; /* the sender left it out */
+	}
+	/* What no checksum of the packet makes up for changes the device's sum of it. */
+	if (!sum)
+		store = BPF_F_RECOMPUTE_CSUM;
 
 	if (!(p->flags & PKT_LATER) && from_port != to_port) {
 		if (p->flags & PKT_ECHO)
@@ -50,17 +73,18 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *
 			port_off = p->l4 + (source ? 0 : 2);
 	}
 	if (port_off) {
-		if (bpf_l4_csum_replace(skb, sum, from_port, to_port, (flags & ~BPF_F_PSEUDO_HDR) | sizeof(to_port)) ||
-		    bpf_skb_store_bytes(skb, port_off, &to_port, sizeof(to_port), 0))
+		if (sum && bpf_l4_csum_replace(skb, sum, from_port, to_port, (flags & ~BPF_F_PSEUDO_HDR) | sizeof(to_port)))
+			return -1;
+		if (bpf_skb_store_bytes(skb, port_off, &to_port, sizeof(to_port), store))
 			return -1;
 	}
 	if (p->v6) {
 		__s64 diff = bpf_csum_diff(&old, 16, &new, 16, 0);
 
-		if (sum && bpf_l4_csum_replace(skb, sum, 0, diff, flags))
+		if (sum && l4_csum_address6(skb, sum, diff, flags))
 			return -1;
 		if (bpf_skb_store_bytes(skb, ETH_HLEN + (source ? offsetof(struct ipv6hdr, saddr) :
-					offsetof(struct ipv6hdr, daddr)), &new, 16, 0))
+					offsetof(struct ipv6hdr, daddr)), &new, 16, store))
 			return -1;
 		return 0;
 	}
@@ -282,7 +306,9 @@ static __always_inline int icmp_put(struct __sk_buff *skb, const struct pkt *p, 
 {
 	__s64 diff = bpf_csum_diff((void *)from, size, (void *)to, size, 0);
 
-	return bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, flags) || bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
+	if (flags & BPF_F_PSEUDO_HDR ? l4_csum_address6(skb, p->l4 + 2, diff, flags) : bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, 0))
+		return -1;
+	return bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
 }
 
 /* icmp_put16 changes a port or a checksum that an ICMP error quotes. */
