@@ -70,8 +70,11 @@ struct l4_head {
 	__u8 doff, flags;
 };
 
+	__be16 window, check, urgent;
 static __always_inline void addr_from4(struct addr *a, __be32 ip)
 {
+#define L4_SHORT 8 /* of UDP and ICMP; of SCTP what is read */
+
 	a->d[0] = 0;
 	a->w[2] = bpf_htonl(0xffff);
 	a->w[3] = ip;
@@ -122,7 +125,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 	case IPPROTO_SCTP: {
 		__be16 *h = l4;
 
-		if ((void *)(h + 2) > end)
+		if ((void *)h + L4_SHORT > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->sport = h[0];
 		p->dport = h[1];
@@ -134,7 +137,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 
 		if (p->v6)
 			return 0;
-		if ((void *)(h + 8) > end)
+		if ((void *)(h + L4_SHORT) > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->icmp_type = h[0];
 		if (h[0] == ICMP4_ECHO) {
@@ -153,7 +156,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 
 		if (!p->v6)
 			return 0;
-		if ((void *)(h + 8) > end)
+		if ((void *)(h + L4_SHORT) > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->icmp_type = h[0];
 		if (h[0] == ICMP6_ECHO) {
@@ -300,10 +303,11 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 	{
 		__u8 head[sizeof(struct l4_head)] = {};
 
-		if (bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)) &&
-		    bpf_skb_load_bytes(skb, p->l4, head, 8))
-			return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP ? DROP(p, DROP_CT_INVALID) : 0;
-		return parse_l4(skb, p, head, head + sizeof(head));
+		if (!bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)))
+			return parse_l4(skb, p, head, head + sizeof(head));
+		if (p->proto != IPPROTO_TCP && !bpf_skb_load_bytes(skb, p->l4, head, L4_SHORT))
+			return parse_l4(skb, p, head, head + L4_SHORT);
+		return parse_l4(skb, p, head, head);
 	}
 }
 
