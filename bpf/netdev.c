@@ -60,15 +60,13 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
-	count(HOOK_NETDEV, why, skb->len);
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : why, skb->len);
 	dir_publish(d, &forth, epoch);
 	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
 	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
 		decide_answer(skb, p, ep->ifindex, other, epoch);
-	if (p->ttl <= 1) {
-		count(HOOK_NETDEV, SLOW_TTL, skb->len);
+	if (p->ttl <= 1)
 		return VERDICT_OK;
-	}
 	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }

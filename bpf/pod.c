@@ -96,7 +96,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_key *k;
 	struct conn_dir *d;
 	struct conn *c;
-	bool from_hi, orig;
+	bool from_hi, orig, exceeds;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
 
@@ -139,6 +139,12 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	/* The way. */
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
+	/* What the stack answers better: time exceeded, fragmentation needed. */
+	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
+	if (exceeds)
+		plan->why = p->ttl <= 1 ? SLOW_TTL : SLOW_MTU;
+	else if (action == ACTION_NEIGH)
+		plan->why = SLOW_NEIGHBOUR;
 		decide_pod(&plan->forth, in, ep, DIR_TTL);
 		plan->back.in = ep->ifindex;
 		plan->back.action = ACTION_PEER;
@@ -168,9 +174,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 
 	/* A neighbour that is not known is found by the packet itself, and one that is
 	 * known is checked again each time the route is. Neither is remembered half. */
-	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
-		if (p->ttl <= 1 || too_big(skb, p, plan->hop.mtu ?: 0xffff))
-			return to_host(skb, p);
+	if (!exceeds && (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE))) {
 		if (action == ACTION_EGRESS)
 			dir_publish(d, &plan->forth, epoch);
 		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
@@ -178,13 +182,13 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		err = by_neighbour(skb, p, &plan->hop);
 		return err == -1 ? DROP(p, DROP_WRITE) : err;
 	}
-	dir_publish(d, &plan->forth, epoch);
-	if (plan->back.action && !(p->flags & PKT_ICMP_ERROR))
-		dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
-	/* What the stack answers better: time exceeded, fragmentation needed. */
-	if (action != ACTION_HOST &&
-	    ((p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu)))) {
-		count(HOOK_POD, p->ttl <= 1 ? SLOW_TTL : SLOW_MTU, skb->len);
+	/* An ICMP error goes its own way, which is not that of what else has its key. */
+	if (!(p->flags & PKT_ICMP_ERROR) && action != ACTION_NEIGH) {
+		dir_publish(d, &plan->forth, epoch);
+		if (plan->back.action)
+			dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
+	}
+	if (exceeds) {
 		action = to_host(skb, p);
 		return action == -1 ? DROP(p, DROP_WRITE) : action;
 	}
