@@ -112,11 +112,12 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	if (!ep)
 		return DROP(p, DROP_UNROUTABLE);
 	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
-	err = icmp_translate(skb, p, in, true, &pod, port);
+	in->to_pod = true;
+	err = icmp_translate(skb, p, in, &pod, port);
 	if (err)
 		return err;
-	count(HOOK_NETDEV, SLOW_ICMP_ERROR, skb->len);
-	if (!cfg_host_routing)
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_ICMP_ERROR, skb->len);
+	if (!cfg_host_routing || p->ttl <= 1)
 		return VERDICT_OK;
 	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
@@ -237,6 +238,15 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		err = fragment_ports(p);
 		if (err)
 			return err;
+	}
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p);
+		if (err)
+			return err;
+		if (p->flags & PKT_TRANSLATED) {
+			count(HOOK_NETDEV_OUT, SLOW_ICMP_ERROR, skb->len);
+			return VERDICT_OK;
+		}
 	}
 	from_hi = pkt_key(&k, p);
 	c = conn_open(skb, p, &k, from_hi, &err);

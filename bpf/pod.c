@@ -23,7 +23,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 {
 	__u32 in = skb->ifindex;
 	struct device *dev;
-	int action;
+	int action, err;
 
 	action = route(skb, p, false, &plan->hop, &plan->why);
 	if (action < 0)
@@ -43,13 +43,19 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		decide_stack(&plan->forth, in, ACTION_HOST, cfg_hz);
 		return ACTION_HOST;
 	}
-	if (orig) {
-		int err = masquerade(skb, p, k, c, dev);
-
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p);
 		if (err)
 			return err;
 	}
-	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
+	if (p->flags & PKT_TRANSLATED)
+		orig = false;
+	if (orig) {
+		err = masquerade(skb, p, k, c, dev);
+		if (err)
+			return err;
+	}
+	decide_egress(&plan->forth, in, &plan->hop, orig && (c->flags & CONN_NAT) ? DIR_TO_NAT : 0);
 	/* The answer comes in by the network and goes straight into this pod. */
 	plan->back.in = IN_NETDEV;
 	plan->back.action = ACTION_PEER;
@@ -59,31 +65,6 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 	plan->back.smac = iface->node_mac;
 	plan->back.deadline = ticks() + FOREVER;
 	return action;
-}
-
-/* A pod's report about what reached it by way of a masqueraded connection. */
-static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
-{
-	__u32 zero = 0;
-	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key *k;
-	struct inner *in;
-	struct conn *c;
-	bool from_hi;
-	int err;
-
-	if (!scratch)
-		return DROP(p, DROP_CT_INVALID);
-	k = &scratch->nat_key;
-	in = (struct inner *)scratch->inner;
-	err = inner_parse(skb, p, in);
-	if (err)
-		return err;
-	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
-	c = bpf_map_lookup_elem(&lash_conn, k);
-	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
-		return 0;
-	return icmp_translate(skb, p, in, false, &c->nat_addr, c->nat_port);
 }
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
@@ -119,11 +100,6 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		if (err)
 			return err;
 	}
-	if ((p->flags & PKT_ICMP_ERROR) && !(p->flags & PKT_LATER)) {
-		err = translate_report(skb, p);
-		if (err)
-			return err;
-	}
 
 	/* Services that the socket hook could not translate come in here. */
 
@@ -139,12 +115,6 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	/* The way. */
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
-	/* What the stack answers better: time exceeded, fragmentation needed. */
-	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
-	if (exceeds)
-		plan->why = p->ttl <= 1 ? SLOW_TTL : SLOW_MTU;
-	else if (action == ACTION_NEIGH)
-		plan->why = SLOW_NEIGHBOUR;
 		decide_pod(&plan->forth, in, ep, DIR_TTL);
 		plan->back.in = ep->ifindex;
 		plan->back.action = ACTION_PEER;
@@ -169,6 +139,12 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			return action;
 	}
 	d = orig ? &c->orig : &c->reply;
+	/* What the stack answers better: time exceeded, fragmentation needed. */
+	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
+	if (exceeds)
+		plan->why = p->ttl <= 1 ? SLOW_TTL : SLOW_MTU;
+	else if (action == ACTION_NEIGH)
+		plan->why = SLOW_NEIGHBOUR;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_POD, plan->why, skb->len);
 

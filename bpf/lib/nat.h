@@ -238,7 +238,7 @@ struct inner {
 	struct addr src, dst;
 	__be16 sport, dport;
 	__u8 proto;
-	__u8 pad;
+	bool to_pod;             /* the error comes from outside */
 	__u16 l3, l4;            /* offsets from the frame's start */
 	__u16 port_off;          /* of sport; 0: no ports (dport is 2 further on) */
 	bool echo;
@@ -318,26 +318,25 @@ static __always_inline int icmp_put16(struct __sk_buff *skb, const struct pkt *p
 	       bpf_skb_store_bytes(skb, off, &to, sizeof(to), 0) ? -1 : 0;
 }
 
-/* icmp_translate rewrites an ICMP error about a masqueraded packet. to_pod: it comes
- * from outside; the quoted packet's source and the error's destination become the
+/* icmp_translate rewrites an ICMP error about a masqueraded packet. in->to_pod: the quoted packet's source and the error's destination become the
  * pod's. Otherwise a pod reports about a reply: the other way round. */
-static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in, bool to_pod,
+static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in,
 				     struct addr *addr, __be16 port)
 {
-	const struct addr *old_outer = to_pod ? &p->dst : &p->src;
-	const struct addr *old_inner = to_pod ? &in->src : &in->dst;
-	__be16 old_port = to_pod ? in->sport : in->dport;
+	const struct addr *old_outer = in->to_pod ? &p->dst : &p->src;
+	const struct addr *old_inner = in->to_pod ? &in->src : &in->dst;
+	__be16 old_port = in->to_pod ? in->sport : in->dport;
 
 	if (p->v6) {
-		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
-		__u32 inner = in->l3 + (to_pod ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
+		__u32 outer = ETH_HLEN + (in->to_pod ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
+		__u32 inner = in->l3 + (in->to_pod ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
 
 		if (icmp_put(skb, p, outer, old_outer, addr, 16, BPF_F_PSEUDO_HDR) ||
 		    icmp_put(skb, p, inner, old_inner, addr, 16, 0))
 			return DROP(p, DROP_WRITE);
 	} else {
-		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
-		__u32 inner = in->l3 + (to_pod ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
+		__u32 outer = ETH_HLEN + (in->to_pod ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
+		__u32 inner = in->l3 + (in->to_pod ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
 		__u16 check;
 		__u32 sum;
 
@@ -356,12 +355,39 @@ static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struc
 			return DROP(p, DROP_WRITE);
 	}
 	if (in->port_off && old_port != port && in->proto != IPPROTO_SCTP) {
-		__u32 off = in->port_off + (to_pod || in->echo ? 0 : 2);
+		__u32 off = in->port_off + (in->to_pod || in->echo ? 0 : 2);
 
 		if (icmp_put16(skb, p, off, old_port, port))
 			return DROP(p, DROP_WRITE);
 	}
 	return 0;
+}
+
+/* translate_report gives a pod's error about what reached it by way of a masqueraded connection the
+ * addresses of outside, and sets PKT_TRANSLATED. 0, also for an error about something else, or a drop reason. */
+static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_key *k;
+	struct inner *in;
+	struct conn *c;
+	bool from_hi;
+	int err;
+
+	if (!scratch)
+		return DROP(p, DROP_CT_INVALID);
+	k = &scratch->nat_key;
+	in = (struct inner *)scratch->inner;
+	err = inner_parse(skb, p, in);
+	if (err)
+		return err;
+	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
+	c = bpf_map_lookup_elem(&lash_conn, k);
+	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
+		return 0;
+	p->flags |= PKT_TRANSLATED;
+	return icmp_translate(skb, p, in, &c->nat_addr, c->nat_port);
 }
 
 #undef FILE_ID

@@ -29,6 +29,7 @@ enum pkt_flags {
 	PKT_EXTENSION  = 8,  /* headers between L3 and L4 */
 	PKT_PORTS      = 16, /* sport and dport are at l4 */
 	PKT_ECHO       = 32, /* the identifier stands for a port */
+	PKT_TRANSLATED = 64, /* an ICMP error that comes from the node by now, though src says the pod */
 };
 
 struct pkt {
@@ -64,17 +65,18 @@ static __always_inline struct pkt *slow_pkt(const struct pkt *p)
 	return (struct pkt *)scratch->pkt;
 }
 
+/* As much of an L4 header as a packet must have: all of TCP's without options. */
 struct l4_head {
 	__be16 sport, dport;
 	__be32 seq, ack;
 	__u8 doff, flags;
+	__be16 window, check, urgent;
 };
 
-	__be16 window, check, urgent;
-static __always_inline void addr_from4(struct addr *a, __be32 ip)
-{
 #define L4_SHORT 8 /* of UDP and ICMP; of SCTP what is read */
 
+static __always_inline void addr_from4(struct addr *a, __be32 ip)
+{
 	a->d[0] = 0;
 	a->w[2] = bpf_htonl(0xffff);
 	a->w[3] = ip;
