@@ -104,9 +104,14 @@ struct ipcache_key {
 	struct addr addr;
 } __attribute__((packed, aligned(4)));
 
+enum ipcache_flags {
+	IPCACHE_TUNNEL = 1,      /* packets to it are encapsulated to node */
+	IPCACHE_PEER   = 2,      /* another node itself: its encapsulated packets are accepted */
+};
+
 struct ipcache_entry {
 	__u32 identity;
-	__u32 flags;
+	__u32 flags;             /* enum ipcache_flags */
 	struct addr node;        /* the node that has it; zero: none or this one */
 };
 

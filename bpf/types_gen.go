@@ -256,16 +256,17 @@ const (
 
 // enum file_id.
 const (
-	FilePod    = 1
-	FileNetdev = 2
-	FileHost   = 3
-	FileSock   = 4
-	FileParse  = 5
-	FileConn   = 6
-	FileNAT    = 7
-	FileFIB    = 8
-	FileNeigh  = 9
-	FileRoute  = 10
+	FilePod     = 1
+	FileNetdev  = 2
+	FileHost    = 3
+	FileSock    = 4
+	FileParse   = 5
+	FileConn    = 6
+	FileNAT     = 7
+	FileFIB     = 8
+	FileNeigh   = 9
+	FileRoute   = 10
+	FileOverlay = 11
 )
 
 // enum hook.
@@ -284,6 +285,12 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+)
+
+// enum ipcache_flags.
+const (
+	IPCacheTunnel = 1
+	IPCachePeer   = 2
 )
 
 // enum slow_reason.
@@ -340,6 +347,8 @@ type Constants struct {
 	Native6Mask Addr `cfg:"cfg_native6_mask"`
 	// IPv6 native routing CIDR, never masqueraded.
 	Native6Net Addr `cfg:"cfg_native6_net"`
+	// ifindex of the tunnel device; 0: there is none.
+	OverlayIfindex uint32 `cfg:"cfg_overlay_ifindex"`
 	// its mask; all zero: not set, every address is looked up.
 	Pod4Mask Addr `cfg:"cfg_pod4_mask"`
 	// this node's IPv4 pod CIDR (IPv4-mapped).
@@ -356,6 +365,8 @@ type Constants struct {
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// UDP port of the tunnel.
+	TunnelPort uint32 `cfg:"cfg_tunnel_port"`
 }
 
 // Maps are the names of all maps, as pinned.
@@ -378,8 +389,9 @@ var Maps = []string{
 
 // Programs are all programs, by the object that has them.
 var Programs = map[string][]string{
-	"host":   {"from_host"},
-	"netdev": {"from_netdev", "to_netdev"},
-	"pod":    {"clock", "from_container"},
-	"sock":   {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
+	"host":    {"from_host"},
+	"netdev":  {"from_netdev", "to_netdev"},
+	"overlay": {"from_overlay"},
+	"pod":     {"clock", "from_container"},
+	"sock":    {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
 }

@@ -108,7 +108,7 @@ func (g *generator) read(path string) error {
 
 // ours lists the enumerations that Go needs; the kernel's own stay out.
 var ours = map[string]bool{
-	"endpoint_flags": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
+	"endpoint_flags": true, "ipcache_flags": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
 	"conn_state": true, "identity": true, "hook": true, "slow_reason": true, "drop_reason": true, "file_id": true,
 }
 

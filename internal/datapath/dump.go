@@ -42,7 +42,11 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			if n := v.Node.Addr(); n.IsValid() {
 				node = n
 			}
-			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=<none>", v.Identity, node))
+			flags := "<none>"
+			if v.Flags&bpf.IPCacheTunnel != 0 {
+				flags = "hastunnel"
+			}
+			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
 	case "lb":
 		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
@@ -174,7 +178,7 @@ func DropName(reason uint8) string {
 }
 
 var fileNames = map[uint8]string{
-	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileParse: "parse.h",
+	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileOverlay: "overlay.c", bpf.FileParse: "parse.h",
 	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
 }
 
