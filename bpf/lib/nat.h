@@ -253,14 +253,11 @@ static __always_inline int inner_parse(struct __sk_buff *skb, struct pkt *p, str
 	__builtin_memset(in, 0, sizeof(*in));
 	in->l3 = p->l4 + 8;
 	if (p->v6) {
-		struct ipv6hdr ip;
-
-		if (bpf_skb_load_bytes(skb, in->l3, &ip, sizeof(ip)))
+		_Static_assert(offsetof(struct inner, dst) == 16, "src and dst are read as one");
+		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct ipv6hdr, saddr), &in->src, 32) ||
+		    bpf_skb_load_bytes(skb, in->l3 + offsetof(struct ipv6hdr, nexthdr), &in->proto, 1))
 			return DROP(p, DROP_CT_INVALID);
-		__builtin_memcpy(&in->src, &ip.saddr, 16);
-		__builtin_memcpy(&in->dst, &ip.daddr, 16);
-		in->proto = ip.nexthdr;
-		in->l4 = in->l3 + sizeof(ip);
+		in->l4 = in->l3 + sizeof(struct ipv6hdr);
 	} else {
 		struct iphdr ip;
 
