@@ -173,7 +173,8 @@ static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct con
 				struct conn *c, struct addr *nat)
 {
 	__u32 span = cfg_snat_max - cfg_snat_min + 1, start, now = ticks();
-	bool ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || (p->flags & PKT_ECHO);
+	bool request = (p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO);
+	bool ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || request;
 	struct scratch *scratch;
 	struct conn_key *nk;
 	__u32 zero = 0;
@@ -184,6 +185,8 @@ static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct con
 	nk = &scratch->nat_key;
 	if (!ports && (p->flags & PKT_PORTS) == 0 && p->proto != IPPROTO_SCTP && p->sport)
 		return DROP(p, DROP_NAT_PROTO);
+	if ((p->flags & PKT_ECHO) && !request)
+		return DROP(p, DROP_NAT_PROTO); /* a reply that nobody asked for: its identifier is the other side's */
 	start = bpf_get_prandom_u32();
 	for (int i = 0; i < SNAT_TRIES; i++) {
 		__be16 port = ports ? bpf_htons((__u16)(cfg_snat_min + (start + i * 7919) % span)) : p->sport;

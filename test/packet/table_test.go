@@ -536,6 +536,9 @@ func TestMasquerading(t *testing.T) {
 				{at: fromA, pkt: p(16, false), want: dropped(bpf.DropNATProto)},
 			}
 		}},
+		{name: "echo reply that nobody asked for", steps: func(f family) []step {
+			return []step{{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "answer", dport: 9}, want: dropped(bpf.DropNATProto)}}
+		}},
 		{name: "no pod CIDRs", config: "no pod CIDRs", steps: func(f family) []step {
 			return []step{
 				{at: fromA, pkt: udp(f), want: egress(bpf.SlowNew), check: translated(f)},
