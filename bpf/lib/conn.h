@@ -97,6 +97,12 @@ static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const s
 	d->bytes += len;
 }
 
+/* tcp_opens: a connection's first packet, and not one that ends it in the same breath. */
+static __always_inline bool tcp_opens(const struct pkt *p)
+{
+	return (p->tcp & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
 /* conn_closed: what is left of the connection does not bind a new SYN. */
 static __always_inline bool conn_closed(const struct conn *c)
 {
@@ -114,9 +120,7 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 	struct conn *fresh;
 
 	if (c) {
-		bool syn = (p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-
-		if (!past(now, c->expires) && !(syn && conn_closed(c)))
+		if (!past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
 			return c;
 	}
 	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);

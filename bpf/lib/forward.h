@@ -148,7 +148,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_DEADLINE;
 		return NOT_FAST;
 	}
-	if (unlikely((p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN && conn_closed(c))) {
+	if (unlikely(tcp_opens(p) && conn_closed(c))) {
 		*why = SLOW_REOPENED;
 		return NOT_FAST;
 	}

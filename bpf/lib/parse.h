@@ -264,6 +264,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 		if (unlikely(frag & bpf_htons(IPV4_MF | IPV4_OFFSET))) {
 			p->flags |= PKT_FRAGMENT;
 			p->frag_id = ip->id;
+			if (p->l4 > skb->len)
+				return DROP(p, DROP_INVALID);
 			if (frag & bpf_htons(IPV4_OFFSET)) {
 				p->flags |= PKT_LATER;
 				return 0;
@@ -302,6 +304,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 	}
 	/* Options or extension headers: L4 lies further back. */
 	p->flags |= PKT_EXTENSION;
+	if (p->l4 > skb->len)
+		return DROP(p, DROP_INVALID);
 	{
 		__u8 head[sizeof(struct l4_head)] = {};
 

@@ -50,7 +50,7 @@ func read(frame []byte) *header {
 	h := &header{}
 	switch be16(frame[12:]) {
 	case etherIPv4:
-		if len(l3) < 20 || l3[0]>>4 != 4 || l3[0]&15 < 5 {
+		if len(l3) < 20 || l3[0]>>4 != 4 || l3[0]&15 < 5 || len(l3) < int(l3[0]&15)*4 {
 			return nil
 		}
 		h.src, _ = netip.AddrFromSlice(l3[12:16])
@@ -94,7 +94,7 @@ func (h *header) extensions(frame []byte) bool {
 				return false
 			}
 		default:
-			return true
+			return h.l4 <= len(frame)
 		}
 		h.options = true
 		switch h.proto {

@@ -676,7 +676,7 @@ func TestMalformedPackets(t *testing.T) {
 			if !f.v6 {
 				steps = append(steps,
 					step{at: fromA, raw: broken(udp, func(b []byte) []byte { b[14] = 0x44; return b }), want: dropped(bpf.DropInvalid)},
-					step{at: fromA, raw: broken(udp, func(b []byte) []byte { b[14] = 0x4f; return b[:50] }), want: dropped(bpf.DropCTInvalid)},
+					step{at: fromA, raw: broken(udp, func(b []byte) []byte { b[14] = 0x4f; return b[:50] }), want: dropped(bpf.DropInvalid)},
 				)
 			}
 			return steps
