@@ -9,10 +9,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -80,17 +80,30 @@ func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
 
 // node is a network namespace with the devices and routes of a node, and a thread in it.
 type node struct {
-	ns    *os.File
-	calls chan func()
+	calls  chan func()
+	loaded map[string]*programs // by name of the configuration
+}
+
+// only is the node that all tests share: making one and verifying the programs is most of the work. Namespace,
+// programs and maps end with the process.
+var only *node
+
+func theNode(t testing.TB) *node {
+	t.Helper()
+	testutil.NeedRoot(t)
+	if only == nil {
+		only = newNode(t)
+	}
+	return only
 }
 
 func newNode(t testing.TB) *node {
 	t.Helper()
-	testutil.NeedRoot(t)
 	if err := rlimit.RemoveMemlock(); err != nil {
 		t.Log(err)
 	}
-	n := &node{ns: testutil.Netns(t), calls: make(chan func())}
+	ns := testutil.Netns(t)
+	n := &node{calls: make(chan func()), loaded: map[string]*programs{}}
 	var script strings.Builder
 	for ifindex, name := range map[int]string{ifHost: "lash_host", ifEth0: "eth0", ifOther: "other", ifA: "lxc_a", ifB: "lxc_b", ifNone: "lxc_none"} {
 		fmt.Fprintf(&script, "link add %s index %d address %s type veth peer name %s_ index %d\nlink set %s up\nlink set %s_ up\n", name, ifindex, mac(byte(ifindex)), name, ifindex+100, name, name)
@@ -122,11 +135,11 @@ route add unreachable fd00:0:0:6::/64
 			fmt.Fprintf(&script, "neigh replace %s lladdr %s dev eth0 nud permanent\n", via, mac(macNext))
 		}
 	}
-	testutil.In(t, n.ns, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding; ip -batch - <<'X'\n"+script.String()+"X")
+	testutil.In(t, ns, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding; ip -batch - <<'X'\n"+script.String()+"X")
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with its namespace
-		started <- unix.Setns(int(n.ns.Fd()), unix.CLONE_NEWNET)
+		started <- unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
 		for f := range n.calls {
 			f()
 		}
@@ -134,7 +147,6 @@ route add unreachable fd00:0:0:6::/64
 	if err := <-started; err != nil {
 		t.Fatalf("enter the node's namespace: %v", err)
 	}
-	t.Cleanup(func() { close(n.calls) })
 	return n
 }
 
@@ -149,14 +161,21 @@ type programs struct {
 	*node
 	dp *datapath.Datapath
 
-	epoch  uint32
+	sums   bool                 // the kernel knows checksumComplete
 	counts map[uint32]bpf.Count // as last read
 	drops  map[bpf.DropKey]bpf.Count
 }
 
-// load opens the datapath with BPF host routing and masquerading unless tweaked, and fills its maps.
-func (n *node) load(t testing.TB, tweak func(*datapath.Config)) *programs {
+// load opens the datapath with one of configs, if nobody has yet, and fills its maps.
+func (n *node) load(t testing.TB, config string) *programs {
 	t.Helper()
+	if n.loaded[config] != nil {
+		return n.loaded[config]
+	}
+	tweak, ok := configs[config]
+	if !ok {
+		t.Fatalf("no configuration %q", config)
+	}
 	cfg := datapath.Config{
 		HostIfindex: ifHost, HostMAC: mac(ifHost), DirectIfindex: ifEth0,
 		Routers: []netip.Addr{families[0].router, families[1].router}, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("fd00:0:0:1::/64")},
@@ -173,7 +192,6 @@ func (n *node) load(t testing.TB, tweak func(*datapath.Config)) *programs {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.dp.Close() })
 	ctx := context.Background()
 	put := func(err error) {
 		t.Helper()
@@ -191,10 +209,9 @@ func (n *node) load(t testing.TB, tweak func(*datapath.Config)) *programs {
 		put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.peer, f.peer.BitLen()), model.IPCacheEntry{Identity: model.IdentityRemoteNode}))
 	}
 	put(p.dp.Devices().Put(ctx, ifEth0, model.Device{Ifindex: ifEth0, MAC: mac(ifEth0), MTU: 1500, IPv4: families[0].node, IPv6: families[1].node}))
-	var rt bpf.Runtime
-	put(p.dp.Map("lash_runtime").Lookup(uint32(0), &rt))
-	p.epoch = rt.Epoch
+	p.probe(t)
 	p.counts, p.drops = p.readCounts(t), p.readDrops(t)
+	n.loaded[config] = p
 	return p
 }
 
@@ -253,6 +270,17 @@ type outcome struct {
 // checksumComplete makes the kernel believe that the device has summed the packet, and
 // fail the run with EBADMSG if the program's changes left that sum wrong.
 const checksumComplete = 1 << 2
+
+// probe finds out whether the kernel knows checksumComplete (6.11).
+func (p *programs) probe(t testing.TB) {
+	in := fromA(frame(packet{src: families[0].a, dst: families[0].b, l4: "udp"}))
+	in.summed = true
+	_, err := p.run(in)
+	if p.sums = !errors.Is(err, unix.EINVAL); !p.sums {
+		t.Log("this kernel cannot tell whether the device's sum of a packet stays right: not tested")
+	}
+	p.forget(t)
+}
 
 // input is one packet at a hook.
 type input struct {

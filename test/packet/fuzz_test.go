@@ -31,7 +31,7 @@ const (
 )
 
 func fuzz(f *testing.F, program string, ifindex uint32) {
-	p := newNode(f).load(f, nil)
+	p := theNode(f).load(f, "bpf")
 	for _, s := range seeds() {
 		for _, mode := range []byte{0, modeMend | modeSource | modeTarget | 1<<modeShift, modeMend | modeSource | modeTarget | 6<<modeShift} {
 			f.Add(s, mode, uint16(0))
@@ -43,7 +43,7 @@ func fuzz(f *testing.F, program string, ifindex uint32) {
 			return
 		}
 		in := input{program: program, ifindex: ifindex, frame: steer(append([]byte(nil), raw...), program, mode), gso: uint32(gso), mark: 0x80000001}
-		in.summed = mode&modeSummed != 0 && read(in.frame) != nil && gso == 0 && !silent(in)
+		in.summed = p.sums && mode&modeSummed != 0 && read(in.frame) != nil && gso == 0 && !silent(in)
 		p.forget(t)
 		known := p.converse(t, in)
 		p.try(t, in, known)

@@ -35,7 +35,7 @@ func neighbour(why ...uint32) want {
 func host(why ...uint32) want {
 	return want{verdict: verdictRedirect, action: bpf.ActionHost, ifindex: ifHost, counted: why}
 }
-func pass(why ...uint32) want  { return want{verdict: verdictOK, counted: why} }
+func pass(why ...uint32) want   { return want{verdict: verdictOK, counted: why} }
 func dropped(reason uint8) want { return want{verdict: verdictDrop, drop: reason} }
 
 // unanswered is a question to which silence is the answer.
@@ -43,14 +43,14 @@ func unanswered() want { return want{verdict: verdictDrop} }
 
 // step is one packet at one hook, or something that happens between packets.
 type step struct {
-	at      func(frame []byte) input
-	pkt     packet
-	raw     []byte // instead of pkt
-	reply   bool   // the packet before, turned round, as the other side would answer
-	do      func(t *testing.T, p *programs)
-	want    want
-	check   func(t *testing.T, in, out []byte)
-	gso     uint32
+	at    func(frame []byte) input
+	pkt   packet
+	raw   []byte // instead of pkt
+	reply bool   // the packet before, turned round, as the other side would answer
+	do    func(t *testing.T, p *programs)
+	want  want
+	check func(t *testing.T, in, out []byte)
+	gso   uint32
 }
 
 // Hooks with their devices.
@@ -108,8 +108,7 @@ func answer(frame []byte) []byte {
 }
 
 func runTests(t *testing.T, tests []test) {
-	n, parent := newNode(t), t
-	loaded := map[string]*programs{}
+	n := theNode(t)
 	for _, tt := range tests {
 		for _, f := range families {
 			steps := tt.steps(f)
@@ -121,11 +120,7 @@ func runTests(t *testing.T, tests []test) {
 				if config == "" {
 					config = "bpf"
 				}
-				p := loaded[config]
-				if p == nil {
-					p = n.load(parent, configs[config])
-					loaded[config] = p
-				}
+				p := n.load(t, config)
 				p.forget(t)
 				var last []byte
 				for i, s := range steps {
@@ -151,7 +146,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 		raw = frame(s.pkt)
 	}
 	in := s.at(raw)
-	in.gso, in.summed = s.gso, read(raw) != nil
+	in.gso, in.summed = s.gso, p.sums && read(raw) != nil
 	in.mark = 0x80000001
 	out, err := p.run(in)
 	if err != nil {

@@ -49,7 +49,7 @@ func restored(f family, port uint16) func(*testing.T, []byte, []byte) {
 	}
 }
 
-func only(v6 bool, f family, steps []step) []step {
+func onlyFor(v6 bool, f family, steps []step) []step {
 	if f.v6 != v6 {
 		return nil
 	}
@@ -300,7 +300,7 @@ func TestForwarding(t *testing.T) {
 		}},
 		{name: "IPv4 options", steps: func(f family) []step {
 			p := packet{src: f.a, dst: f.b, l4: "tcp", sport: 1000, dport: 80, flags: "S", options: []byte{7, 7, 4, 0, 0, 0, 0, 0}}
-			return only(false, f, []step{
+			return onlyFor(false, f, []step{
 				{at: fromA, pkt: p, want: peer(ifB, bpf.SlowExtension)},
 				{at: fromA, pkt: packet{src: f.a, dst: f.b, l4: "tcp", sport: 1000, dport: 80, flags: "S"}, want: peer(ifB, bpf.SlowNot)},
 				{at: netdev, pkt: packet{src: f.far, dst: f.a, l4: "echo", sport: 80, options: bytes.Repeat([]byte{1}, 40)}, want: peer(ifA, bpf.SlowExtension)},
@@ -314,7 +314,7 @@ func TestForwarding(t *testing.T) {
 			p := packet{src: f.a, dst: f.b, l4: "tcp", sport: 1000, dport: 80, flags: "S"}
 			with := func(e ...extension) packet { q := p; q.extensions = e; return q }
 			hop, dst, routing := extension{protoHopByHop, pad}, extension{protoDestOpts, pad}, extension{protoRouting, pad}
-			return only(true, f, []step{
+			return onlyFor(true, f, []step{
 				{at: fromA, pkt: with(hop), want: peer(ifB, bpf.SlowExtension)},
 				{at: fromA, pkt: with(hop, dst, routing, extension{protoAH, ah}), want: peer(ifB, bpf.SlowExtension)},
 				{at: fromA, pkt: p, want: peer(ifB, bpf.SlowNot)},
@@ -351,7 +351,7 @@ func TestSourcesAndAnswers(t *testing.T) {
 			return []step{{at: unknown, pkt: packet{src: f.a, dst: f.b, l4: "udp", sport: 1, dport: 2}, want: dropped(bpf.DropNoEndpoint)}}
 		}},
 		{name: "ARP", steps: func(f family) []step {
-			return only(false, f, []step{
+			return onlyFor(false, f, []step{
 				{at: fromA, raw: arp(f.a, f.router), want: want{verdict: verdictRedirect, action: bpf.ActionEgress, ifindex: ifA}, check: func(t *testing.T, in, out []byte) {
 					pod, gateway := mac(macPod+ifA), mac(ifA)
 					want := bytes.Join([][]byte{pod[:], gateway[:], {8, 6, 0, 1, 8, 0, 6, 4, 0, 2}, gateway[:], f.router.AsSlice(), pod[:], f.a.AsSlice()}, nil)
@@ -693,7 +693,7 @@ func TestMalformedPackets(t *testing.T) {
 		}},
 		{name: "extension header cut short", steps: func(f family) []step {
 			p := packet{src: f.a, dst: f.b, l4: "udp", sport: 1, dport: 2, extensions: []extension{{protoDestOpts, []byte{0, 1, 4, 0, 0, 0, 0}}}}
-			return only(true, f, []step{{at: fromA, raw: frame(p)[:60], want: dropped(bpf.DropIPv6Extension)}})
+			return onlyFor(true, f, []step{{at: fromA, raw: frame(p)[:60], want: dropped(bpf.DropIPv6Extension)}})
 		}},
 	})
 }
