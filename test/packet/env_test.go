@@ -203,8 +203,8 @@ func (n *node) load(t testing.TB, config string) *programs {
 		for _, a := range []netip.Addr{f.node, f.router} {
 			put(p.dp.Endpoints().Put(ctx, a, model.LocalAddr{Host: true, Identity: model.IdentityHost}))
 		}
-		put(p.dp.Endpoints().Put(ctx, f.a, model.LocalAddr{EndpointID: 1, Ifindex: ifA, Identity: 1000, MAC: mac(macPod + ifA), NodeMAC: mac(ifA)}))
-		put(p.dp.Endpoints().Put(ctx, f.b, model.LocalAddr{EndpointID: 2, Ifindex: ifB, Identity: 1000, MAC: mac(macPod + ifB), NodeMAC: mac(ifB)}))
+		put(p.endpoint(f.a, ifA, false))
+		put(p.endpoint(f.b, ifB, false))
 		put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.node, f.node.BitLen()), model.IPCacheEntry{Identity: model.IdentityHost}))
 		put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.peer, f.peer.BitLen()), model.IPCacheEntry{Identity: model.IdentityRemoteNode}))
 	}
@@ -213,6 +213,16 @@ func (n *node) load(t testing.TB, config string) *programs {
 	p.counts, p.drops = p.readCounts(t), p.readDrops(t)
 	n.loaded[config] = p
 	return p
+}
+
+// endpoint takes a pod's row away, or puts it back.
+func (p *programs) endpoint(a netip.Addr, ifindex int, gone bool) error {
+	if gone {
+		return p.dp.Endpoints().Delete(context.Background(), a)
+	}
+	return p.dp.Endpoints().Put(context.Background(), a, model.LocalAddr{
+		EndpointID: uint16(ifindex), Ifindex: ifindex, Identity: 1000, MAC: mac(macPod + byte(ifindex)), NodeMAC: mac(byte(ifindex)),
+	})
 }
 
 // forget empties what the programs themselves write.
@@ -326,6 +336,7 @@ func (p *programs) count(t testing.TB, out *outcome) {
 	for key, c := range drops {
 		if n := c.Packets - p.drops[key].Packets; n > 0 {
 			out.drops[key] = n
+			reached[key] = true
 		}
 	}
 	p.counts, p.drops = counts, drops

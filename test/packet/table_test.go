@@ -536,6 +536,26 @@ func TestMasquerading(t *testing.T) {
 				{at: fromA, pkt: p(16, false), want: dropped(bpf.DropNATProto)},
 			}
 		}},
+		{name: "answers for a pod that is gone", steps: func(f family) []step {
+			var out []byte
+			gone := func(yes bool) func(*testing.T, *programs) {
+				return func(t *testing.T, p *programs) {
+					if err := p.endpoint(f.a, ifA, yes); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			return []step{
+				{at: fromA, pkt: udp(f), want: egress(bpf.SlowNew), check: func(_ *testing.T, _, frame []byte) { out = frame }},
+				{do: gone(true)},
+				{do: raise},
+				{at: func([]byte) input {
+					return netdev(frame(packet{src: f.peer, dst: f.node, l4: "error", quoted: out}))
+				}, raw: []byte{0}, want: dropped(bpf.DropUnroutable)},
+				{at: func([]byte) input { return netdev(answer(out)) }, raw: []byte{0}, want: dropped(bpf.DropUnroutable)},
+				{do: gone(false)},
+			}
+		}},
 		{name: "echo reply that nobody asked for", steps: func(f family) []step {
 			return []step{{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "answer", dport: 9}, want: dropped(bpf.DropNATProto)}}
 		}},
@@ -690,6 +710,14 @@ func TestMalformedPackets(t *testing.T) {
 				}
 			}
 			return steps
+		}},
+		{name: "headers cut short", steps: func(f family) []step {
+			if f.v6 {
+				return nil
+			}
+			late := frame(packet{src: f.a, dst: f.b, l4: "udp", sport: 1, dport: 2, fragment: &fragment{1, 16, false}})
+			late[14] = 0x4f
+			return []step{{at: fromA, raw: late, want: dropped(bpf.DropInvalid)}}
 		}},
 		{name: "extension header cut short", steps: func(f family) []step {
 			p := packet{src: f.a, dst: f.b, l4: "udp", sport: 1, dport: 2, extensions: []extension{{protoDestOpts, []byte{0, 1, 4, 0, 0, 0, 0}}}}
