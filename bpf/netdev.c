@@ -187,6 +187,9 @@ int from_netdev(struct __sk_buff *skb)
 	struct pkt p, *slow;
 	int verdict;
 
+	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
+	if (unlikely(skb->vlan_present) && (skb->vlan_tci & 0xfff))
+		return VERDICT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		verdict = parse(skb, &p, false);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))

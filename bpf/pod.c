@@ -202,7 +202,11 @@ int from_container(struct __sk_buff *skb)
 	struct pkt p, *slow;
 	int verdict;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+	/* The kernel has taken the tag off and would put it on again where the packet leaves. */
+	if (unlikely(skb->vlan_present)) {
+		__builtin_memset(&p, 0, sizeof(p));
+		verdict = DROP(&p, DROP_VLAN);
+	} else if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		verdict = parse(skb, &p, false);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		verdict = parse(skb, &p, true);
