@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lash-net/lash/internal/testutil"
 )
 
 // inNS runs f on a thread in the namespace.
@@ -148,6 +150,15 @@ func TestTrafficVXLANLegacyHostRouting(t *testing.T) {
 }
 func TestTrafficVXLANOverIPv6(t *testing.T) {
 	testTraffic(t, options{podsPerNode: 2, tunnel: "vxlan", underlay6: true})
+}
+
+func TestTrafficGeneve(t *testing.T) {
+	ns := testutil.Netns(t)
+	if out, err := try(ns, "ip", "link", "add", "probe", "type", "geneve", "external"); err != nil {
+		t.Skipf("this kernel has no geneve: %s", out)
+	}
+	ip(t, ns, "link del probe")
+	testTraffic(t, options{podsPerNode: 2, tunnel: "geneve"})
 }
 
 func testTraffic(t *testing.T, o options) {
