@@ -59,7 +59,7 @@ packet: bpf
 
 FUZZTIME ?= 1m
 fuzz: bpf ## the fuzzers of the C packet parsers, each for FUZZTIME (1m), as root
-	@for f in FuzzFromContainer FuzzFromNetdev FuzzFromHost FuzzToNetdev; do \
+	@for f in FuzzFromContainer FuzzFromNetdev FuzzFromHost FuzzToNetdev FuzzFromOverlay; do \
 		printf '\n==> fuzz: %s, %s\n' $$f $(FUZZTIME); \
 		go test ./test/packet -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) || exit 1; \
 	done

@@ -29,12 +29,13 @@ import (
 
 // Devices of the node, by ifindex.
 const (
-	ifHost  = 11 + iota // lash_host
-	ifEth0              // towards the network, Lash's
-	ifOther             // towards the network, not Lash's
-	ifA                 // pod a
-	ifB                 // pod b
-	ifNone              // a veth pair that Lash does not know
+	ifHost    = 11 + iota // lash_host
+	ifEth0                // towards the network, Lash's
+	ifOther               // towards the network, not Lash's
+	ifA                   // pod a
+	ifB                   // pod b
+	ifNone                // a veth pair that Lash does not know
+	ifOverlay             // the tunnel's
 )
 
 // mac of what is behind or at a device; the last byte tells which.
@@ -105,7 +106,7 @@ func newNode(t testing.TB) *node {
 	ns := testutil.Netns(t)
 	n := &node{calls: make(chan func()), loaded: map[string]*programs{}}
 	var script strings.Builder
-	for ifindex, name := range map[int]string{ifHost: "lash_host", ifEth0: "eth0", ifOther: "other", ifA: "lxc_a", ifB: "lxc_b", ifNone: "lxc_none"} {
+	for ifindex, name := range map[int]string{ifHost: "lash_host", ifEth0: "eth0", ifOther: "other", ifA: "lxc_a", ifB: "lxc_b", ifNone: "lxc_none", ifOverlay: "lash_vxlan"} {
 		fmt.Fprintf(&script, "link add %s index %d address %s type veth peer name %s_ index %d\nlink set %s up\nlink set %s_ up\n", name, ifindex, mac(byte(ifindex)), name, ifindex+100, name, name)
 	}
 	script.WriteString(`link set lo up
@@ -207,6 +208,12 @@ func (n *node) load(t testing.TB, config string) *programs {
 		put(p.endpoint(f.b, ifB, false))
 		put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.node, f.node.BitLen()), model.IPCacheEntry{Identity: model.IdentityHost}))
 		put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.peer, f.peer.BitLen()), model.IPCacheEntry{Identity: model.IdentityRemoteNode}))
+	}
+	if cfg.OverlayIfindex != 0 {
+		for _, f := range families {
+			put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.far, f.far.BitLen()), model.IPCacheEntry{Identity: 1001, Node: families[0].peer, Tunnel: true}))
+			put(p.dp.IPCache().Put(ctx, netip.PrefixFrom(f.peer, f.peer.BitLen()), model.IPCacheEntry{Identity: model.IdentityRemoteNode, Peer: true}))
+		}
 	}
 	put(p.dp.Devices().Put(ctx, ifEth0, model.Device{Ifindex: ifEth0, MAC: mac(ifEth0), MTU: 1500, IPv4: families[0].node, IPv6: families[1].node}))
 	p.probe(t)

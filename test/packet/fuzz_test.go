@@ -20,6 +20,7 @@ func FuzzFromContainer(f *testing.F) { fuzz(f, "from_container", ifA) }
 func FuzzFromNetdev(f *testing.F)    { fuzz(f, "from_netdev", ifEth0) }
 func FuzzFromHost(f *testing.F)      { fuzz(f, "from_host", ifHost) }
 func FuzzToNetdev(f *testing.F)      { fuzz(f, "to_netdev", ifEth0) }
+func FuzzFromOverlay(f *testing.F)   { fuzz(f, "from_overlay", ifOverlay) }
 
 // Bits of the fuzzer's mode byte.
 const (
@@ -31,7 +32,11 @@ const (
 )
 
 func fuzz(f *testing.F, program string, ifindex uint32) {
-	p := theNode(f).load(f, "bpf")
+	config := "bpf"
+	if program == "from_overlay" {
+		config = "tunnel"
+	}
+	p := theNode(f).load(f, config)
 	for _, s := range seeds() {
 		for _, mode := range []byte{0, modeMend | modeSource | modeTarget | 1<<modeShift, modeMend | modeSource | modeTarget | 6<<modeShift} {
 			f.Add(s, mode, uint16(0))
@@ -63,7 +68,7 @@ func steer(b []byte, program string, mode byte) []byte {
 		src, dst = b[22:38], b[38:54]
 	}
 	if mode&modeSource != 0 {
-		copy(src, map[string]netip.Addr{"from_container": fam.a, "to_netdev": fam.a, "from_netdev": fam.outside, "from_host": fam.node}[program].AsSlice())
+		copy(src, map[string]netip.Addr{"from_container": fam.a, "to_netdev": fam.a, "from_netdev": fam.outside, "from_host": fam.node, "from_overlay": fam.far}[program].AsSlice())
 	}
 	if mode&modeTarget != 0 {
 		to := []netip.Addr{fam.a, fam.b, fam.node, fam.far, fam.cold, fam.narrow, fam.outside, fam.nowhere}

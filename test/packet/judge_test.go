@@ -12,7 +12,7 @@ import (
 )
 
 var hookOf = map[string]uint8{
-	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "from_host": bpf.HookHost, "to_netdev": bpf.HookNetdevOut,
+	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "from_host": bpf.HookHost, "to_netdev": bpf.HookNetdevOut, "from_overlay": bpf.HookOverlay,
 }
 
 // verdicts are those a program may return.
@@ -21,6 +21,7 @@ var verdicts = map[string][]int32{
 	"from_netdev":    {verdictRedirect, verdictDrop, verdictOK},
 	"from_host":      {verdictRedirect, verdictDrop},
 	"to_netdev":      {verdictDrop, verdictOK},
+	"from_overlay":   {verdictRedirect, verdictDrop},
 }
 
 // judge tells what is wrong with an outcome whatever the packet was. It needs no
@@ -160,6 +161,12 @@ func judgeRedirect(in input, out outcome, before, after *header) error {
 		case bpf.ActionNeigh:
 			if out.ifindex != ifEth0 {
 				return fmt.Errorf("out of device %d by its neighbours", out.ifindex)
+			}
+			marked = true
+		case bpf.ActionTunnel:
+			hop = false // the receiving node's business
+			if out.ifindex != ifOverlay || !same(dst, in.frame[:6]) || !same(src, in.frame[6:12]) {
+				return fmt.Errorf("into the tunnel at device %d as %x from %x", out.ifindex, dst, src)
 			}
 			marked = true
 		case bpf.ActionHost:

@@ -35,6 +35,9 @@ func neighbour(why ...uint32) want {
 func host(why ...uint32) want {
 	return want{verdict: verdictRedirect, action: bpf.ActionHost, ifindex: ifHost, counted: why}
 }
+func tunnel(why ...uint32) want {
+	return want{verdict: verdictRedirect, action: bpf.ActionTunnel, ifindex: ifOverlay, counted: why}
+}
 func pass(why ...uint32) want   { return want{verdict: verdictOK, counted: why} }
 func dropped(reason uint8) want { return want{verdict: verdictDrop, drop: reason} }
 
@@ -58,7 +61,10 @@ func fromA(f []byte) input   { return input{program: "from_container", ifindex: 
 func fromB(f []byte) input   { return input{program: "from_container", ifindex: ifB, frame: f} }
 func netdev(f []byte) input  { return input{program: "from_netdev", ifindex: ifEth0, frame: f} }
 func leaving(f []byte) input { return input{program: "to_netdev", ifindex: ifEth0, frame: f} }
-func local(f []byte) input   { return input{program: "from_host", ifindex: ifHost, frame: f} }
+func overlay(f []byte) input {
+	return input{program: "from_overlay", ifindex: ifOverlay, frame: f}
+}
+func local(f []byte) input { return input{program: "from_host", ifindex: ifHost, frame: f} }
 
 type test struct {
 	name   string
@@ -73,6 +79,7 @@ var configs = map[string]func(*datapath.Config){
 		c.Masquerade4, c.Masquerade6 = false, false
 	},
 	"no pod CIDRs":      func(c *datapath.Config) { c.PodCIDRs = nil },
+	"tunnel":            func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
 	"one port":          func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
 	"two connections":   func(c *datapath.Config) { c.ConnMax = 2 },
 	"without lash_host": func(c *datapath.Config) { c.HostIfindex = 4000 },

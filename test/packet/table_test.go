@@ -661,6 +661,40 @@ func TestErrorsAboutMasqueradedPackets(t *testing.T) {
 	runTests(t, tests)
 }
 
+// A test run's packet has no tunnel metadata: what comes out of a tunnel is test/netns's, but for who may not.
+func TestTunnel(t *testing.T) {
+	runTests(t, []test{
+		{name: "to a pod elsewhere", config: "tunnel", steps: func(f family) []step {
+			p := packet{src: f.a, dst: f.far, l4: "tcp", sport: 1000, dport: 80, flags: "S"}
+			return []step{
+				{at: fromA, pkt: p, want: tunnel(bpf.SlowNew)},
+				{at: fromA, pkt: p, want: tunnel(bpf.SlowNot)},
+				{do: raise},
+				{at: fromA, pkt: p, want: tunnel(bpf.SlowEpoch)},
+				{at: local, pkt: packet{src: f.router, dst: f.far, l4: "udp", sport: 1, dport: 2}, want: tunnel(bpf.SlowNew)},
+				{at: local, pkt: packet{src: f.router, dst: f.far, l4: "udp", sport: 1, dport: 2}, want: tunnel(bpf.SlowNot)},
+			}
+		}},
+		{name: "to another node, masqueraded", config: "tunnel", steps: func(f family) []step {
+			return []step{{at: fromA, pkt: packet{src: f.a, dst: f.peer, l4: "udp", sport: 1, dport: 2}, want: egress(bpf.SlowNew), check: translated(f)}}
+		}},
+		{name: "not from a tunnel", config: "tunnel", steps: func(f family) []step {
+			p := packet{src: f.far, dst: f.a, l4: "udp", sport: 1, dport: 2}
+			broken := frame(p)
+			broken[14] = broken[14]&15 | 0x50
+			other := frame(p)
+			other[12], other[13] = 0x88, 0xcc
+			return []step{
+				{at: overlay, pkt: p, want: dropped(bpf.DropTunnelKey)},
+				{at: fromA, pkt: packet{src: f.a, dst: f.far, l4: "udp", sport: 2, dport: 1}, want: tunnel(bpf.SlowNew)},
+				{at: overlay, pkt: p, want: dropped(bpf.DropTunnelKey)}, // nor as the answer
+				{at: overlay, raw: broken, want: dropped(bpf.DropInvalid)},
+				{at: overlay, raw: other, want: dropped(bpf.DropUnsupportedL3)},
+			}
+		}},
+	})
+}
+
 func TestMalformedPackets(t *testing.T) {
 	broken := func(p packet, change func([]byte) []byte) []byte { return change(frame(p)) }
 	runTests(t, []test{
