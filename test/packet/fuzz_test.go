@@ -113,6 +113,9 @@ func (p *programs) try(t *testing.T, in input, known map[bpf.ConnKey]bpf.Conn) {
 	if err := judgeRecords(in, *first, known, p.conns(t)); err != nil {
 		t.Fatalf("%v\nin  %x\nout %x", err, in.frame, first.frame)
 	}
+	if err := p.judgeTranslations(); err != nil {
+		t.Fatalf("%v\nin  %x\nout %x", err, in.frame, first.frame)
+	}
 	again := p.tryOnce(t, in)
 	if again == nil || again.verdict != first.verdict || again.action != first.action || again.ifindex != first.ifindex || again.mark != first.mark || !same(again.frame, first.frame) {
 		t.Fatalf("the second time another outcome\nin     %x\nfirst  %+v\nsecond %+v", in.frame, *first, again)
@@ -166,6 +169,22 @@ func judgeRecords(in input, out outcome, before, after map[bpf.ConnKey]bpf.Conn)
 		return fmt.Errorf("protocol %d from %s to %s is on record as %d from %s to %s", h.proto, src, dst, k.Proto, initiator, other)
 	}
 	return nil
+}
+
+// judgeTranslations wants every row of lash_nat to lead from the node's address to a masqueraded record that has it.
+func (p *programs) judgeTranslations() error {
+	var translated, owner bpf.ConnKey
+	it := p.dp.Map("lash_nat").Iterate()
+	for it.Next(&translated, &owner) {
+		var c bpf.Conn
+		if err := p.dp.Map("lash_conn").Lookup(&owner, &c); err != nil {
+			return fmt.Errorf("a translation without its record: %w", err)
+		}
+		if a := c.NATAddr.Addr(); c.Flags&bpf.ConnNAT == 0 || a != families[0].node && a != families[1].node || translated.Lo != c.NATAddr && translated.Hi != c.NATAddr {
+			return fmt.Errorf("%+v is translated to %+v", owner, translated)
+		}
+	}
+	return it.Err()
 }
 
 // side is an address as the packet has it: IPv6 may carry mapped ones.
