@@ -24,13 +24,13 @@ import (
 	"github.com/lash-net/lash/internal/state"
 )
 
-// Datapath dumps what is in the kernel; name is net, endpoint, ct, ipcache, lb, nat or metrics.
+// Datapath dumps what is in the kernel; name is one of Dumps.
 type Datapath interface {
 	Dump(name string) (columns []string, rows [][]string, err error)
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "ct", "ipcache", "lb", "nat", "metrics"}
+var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "lb", "nat", "socket", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {
