@@ -107,15 +107,19 @@ func (s *Server) Health() http.Handler {
 	return mux
 }
 
+// grace is how long requests that are being answered may take when the agent ends: nobody needs more of an agent that
+// goes away, and its successor waits for it.
+const grace = 100 * time.Millisecond
+
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		defer cancel()
-		if srv.Shutdown(grace) != nil {
+		if srv.Shutdown(ending) != nil {
 			srv.Close()
 		}
 	}()
