@@ -96,19 +96,24 @@ static __always_inline struct conn *nat_owner(const struct conn_key *translated,
 /* An ICMP error about a masqueraded packet belongs to the pod that sent it. */
 static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 {
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct conn_key translated, k;
 	struct conn_dir forth = {};
 	struct endpoint *ep;
-	struct inner in;
+	struct inner *in;
 	struct conn *c;
 	struct addr pod;
 	__be16 port;
 	int err;
 
-	err = inner_parse(skb, p, &in);
+	if (!scratch)
+		return VERDICT_OK;
+	in = (struct inner *)scratch->inner;
+	err = inner_parse(skb, p, in);
 	if (err)
 		return VERDICT_OK;
-	conn_key(&translated, &in.src, in.sport, &in.dst, in.dport, in.proto);
+	conn_key(&translated, &in->src, in->sport, &in->dst, in->dport, in->proto);
 	c = nat_owner(&translated, &k);
 	if (!c)
 		return VERDICT_OK; /* about the node's own */
@@ -118,7 +123,7 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	if (!ep)
 		return DROP(p, DROP_UNROUTABLE);
 	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
-	err = icmp_translate(skb, p, &in, true, &pod, port);
+	err = icmp_translate(skb, p, in, true, &pod, port);
 	if (err)
 		return err;
 	count(HOOK_NETDEV, SLOW_ICMP_ERROR, skb->len);
@@ -137,6 +142,8 @@ static __always_inline bool may_answer_masqueraded(const struct pkt *p)
 		return true;
 	if (p->flags & PKT_ECHO)
 		return p->dport != 0;
+	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
+		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
 		return port >= cfg_snat_min && port <= cfg_snat_max;
 	return p->proto != IPPROTO_ICMPV6;

@@ -1,8 +1,8 @@
 //go:build ignore
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The host side of every pod's veth pair. from_container (ingress): what the pod
- * sends. to_container (egress): what the stack and from_host deliver to it. */
+/* The host side of every pod's veth pair, ingress: what the pod sends. What is sent to the
+ * pod has passed another program already (from_container, from_netdev, from_host). */
 #include "lib/route.h"
 #include "lib/neigh.h"
 
@@ -15,6 +15,18 @@ struct plan {
 	struct hop hop;
 	__u32 why;
 };
+
+/* Back into the pod that iface is about, behind ifindex. */
+static __always_inline void decide_back(struct conn_dir *d, __u32 in, __u32 ifindex, const struct iface *iface, __u8 flags)
+{
+	d->in = in;
+	d->action = ACTION_PEER;
+	d->flags = flags;
+	d->out_ifindex = ifindex;
+	d->dmac = iface->mac;
+	d->smac = iface->node_mac;
+	d->deadline = ticks() + FOREVER;
+}
 
 /* plan_route decides what leaves the node: both directions, masquerading with them when
  * the packet is the initiator's (orig). The action for this packet, or a drop reason. */
@@ -51,33 +63,33 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 	}
 	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
 	/* The answer comes in by the network and goes straight into this pod. */
-	plan->back.in = IN_NETDEV;
-	plan->back.action = ACTION_PEER;
-	plan->back.flags = DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0);
-	plan->back.out_ifindex = in;
-	plan->back.dmac = iface->mac;
-	plan->back.smac = iface->node_mac;
-	plan->back.deadline = ticks() + FOREVER;
+	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0));
 	return action;
 }
 
 /* A pod's report about what reached it by way of a masqueraded connection. */
 static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
 {
-	struct conn_key k;
-	struct inner in;
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_key *k;
+	struct inner *in;
 	struct conn *c;
 	bool from_hi;
 	int err;
 
-	err = inner_parse(skb, p, &in);
+	if (!scratch)
+		return DROP(p, DROP_CT_INVALID);
+	k = &scratch->nat_key;
+	in = (struct inner *)scratch->inner;
+	err = inner_parse(skb, p, in);
 	if (err)
 		return err;
-	from_hi = conn_key(&k, &in.src, in.sport, &in.dst, in.dport, in.proto);
-	c = bpf_map_lookup_elem(&lash_conn, &k);
+	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
+	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
 		return 0;
-	return icmp_translate(skb, p, &in, false, &c->nat_addr, c->nat_port);
+	return icmp_translate(skb, p, in, false, &c->nat_addr, c->nat_port);
 }
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
@@ -90,6 +102,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_key *k;
 	struct conn_dir *d;
 	struct conn *c;
+	struct ipcache_entry *remote;
 	bool from_hi, orig;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
@@ -134,23 +147,18 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
 		decide_pod(&plan->forth, in, ep, DIR_TTL);
-		plan->back.in = ep->ifindex;
-		plan->back.action = ACTION_PEER;
-		plan->back.flags = DIR_TTL;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, ep->ifindex, in, iface, DIR_TTL);
 		action = ACTION_PEER;
 	} else if (ep) {
 		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
-		plan->back.in = IN_HOST;
-		plan->back.action = ACTION_PEER;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, IN_HOST, in, iface, 0);
 		action = ACTION_HOST;
+	} else if ((remote = tunnel_to(&p->dst))) {
+		decide_tunnel(&plan->forth, in, &remote->node, iface->identity);
+		/* The answer comes out of the tunnel and goes straight into this pod; with legacy host routing, up the stack. */
+		if (cfg_host_routing)
+			decide_back(&plan->back, IN_OVERLAY, in, iface, DIR_TTL);
+		action = ACTION_TUNNEL;
 	} else {
 		action = plan_route(skb, p, plan, iface, k, c, orig);
 		if (action < 0)
@@ -201,7 +209,6 @@ static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bo
 	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
 	if (p->icmp_type == ICMP6_NS && iface && answer_nd(skb, iface)) {
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	}
 	if (p->icmp_type == ICMP6_REDIRECT)
@@ -234,7 +241,6 @@ int from_container(struct __sk_buff *skb)
 		if (!iface || !answer_arp(skb, iface))
 			return VERDICT_DROP; /* for somebody who does not exist here: silence */
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	} else {
 		__builtin_memset(&p, 0, sizeof(p));
@@ -251,14 +257,6 @@ int from_container(struct __sk_buff *skb)
 		}
 	}
 	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
-}
-
-/* Ingress policy for what the stack delivers comes in here. */
-SEC("tc")
-int to_container(struct __sk_buff *skb)
-{
-	count(HOOK_POD_IN, SLOW_NOT, skb->len);
-	return VERDICT_OK;
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

@@ -85,11 +85,19 @@ static __noinline int nat_apply(struct __sk_buff *skb, const struct pkt *p, cons
 	return nat_rewrite(skb, p, false, &p->dst, p->dport, hi ? &k->hi : &k->lo, hi ? k->hi_port : k->lo_port);
 }
 
+/* ipcache_of: what is known of an address, by the longest prefix; NULL: nothing. */
+static __always_inline struct ipcache_entry *ipcache_of(const struct addr *a)
+{
+	struct ipcache_key key = { .prefixlen = 128, .addr = *a };
+
+	return bpf_map_lookup_elem(&lash_ipcache, &key);
+}
+
 /* leaves_cluster: the destination is neither inside the native routing CIDR nor
- * known as a node or as a pod somewhere. */
+ * known as a node or as a pod somewhere. In tunnel mode the network does not know
+ * pods, and other nodes expect them from the tunnel: there, nodes are outside, too. */
 static __always_inline bool leaves_cluster(const struct pkt *p, const struct addr *dst)
 {
-	struct ipcache_key key = { .prefixlen = 128, .addr = *dst };
 	struct ipcache_entry *e;
 
 	if (p->v6 ? !cfg_masquerade6 : !cfg_masquerade4)
@@ -100,8 +108,9 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 	} else if (mask_set(cfg_native4_mask) && addr_within(dst, cfg_native4_net, cfg_native4_mask)) {
 		return false;
 	}
-	e = bpf_map_lookup_elem(&lash_ipcache, &key);
-	return !e || (e->identity == IDENTITY_WORLD && addr_zero(&e->node));
+	e = ipcache_of(dst);
+	return !e || (e->identity == IDENTITY_WORLD && addr_zero(&e->node)) ||
+	       (cfg_overlay_ifindex && (e->flags & IPCACHE_PEER));
 }
 
 /* socket_has: a socket of the host owns or listens on the tuple that a reply would carry. */
@@ -225,6 +234,7 @@ static __always_inline int inner_parse(struct __sk_buff *skb, struct pkt *p, str
 {
 	__be16 ports[4] = {};
 
+	_Static_assert(sizeof(*in) <= sizeof(((struct scratch *)0)->inner), "struct inner outgrew its place in struct scratch");
 	__builtin_memset(in, 0, sizeof(*in));
 	in->l3 = p->l4 + 8;
 	if (p->v6) {
@@ -274,21 +284,21 @@ static __always_inline int inner_parse(struct __sk_buff *skb, struct pkt *p, str
 	return 0;
 }
 
-/* put changes bytes of an ICMP error and its checksum with them; size 2 or 4 or 16. */
+/* icmp_put changes an address (4 or 16 bytes) in an ICMP error and the error's checksum with it.
+ * flags: BPF_F_PSEUDO_HDR for an address that the checksum covers without containing it. */
 static __always_inline int icmp_put(struct __sk_buff *skb, const struct pkt *p, __u32 off,
-				    const void *from, const void *to, const __u32 size, bool covered)
+				    const void *from, const void *to, const __u32 size, __u64 flags)
 {
-	__u32 old[4] = {}, new[4] = {};
-	__s64 diff;
+	__s64 diff = bpf_csum_diff((void *)from, size, (void *)to, size, 0);
 
-	__builtin_memcpy(old, from, size);
-	__builtin_memcpy(new, to, size);
-	if (covered) {
-		diff = bpf_csum_diff(old, size < 4 ? 4 : size, new, size < 4 ? 4 : size, 0);
-		if (bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, p->v6 ? BPF_F_PSEUDO_HDR : 0))
-			return -1;
-	}
-	return bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
+	return bpf_l4_csum_replace(skb, p->l4 + 2, 0, diff, flags) || bpf_skb_store_bytes(skb, off, to, size, 0) ? -1 : 0;
+}
+
+/* icmp_put16 changes a port or a checksum that an ICMP error quotes. */
+static __always_inline int icmp_put16(struct __sk_buff *skb, const struct pkt *p, __u32 off, __be16 from, __be16 to)
+{
+	return bpf_l4_csum_replace(skb, p->l4 + 2, from, to, sizeof(to)) ||
+	       bpf_skb_store_bytes(skb, off, &to, sizeof(to), 0) ? -1 : 0;
 }
 
 /* icmp_translate rewrites an ICMP error about a masqueraded packet. to_pod: it comes
@@ -297,42 +307,41 @@ static __always_inline int icmp_put(struct __sk_buff *skb, const struct pkt *p, 
 static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in, bool to_pod,
 				     struct addr *addr, __be16 port)
 {
-	struct addr old_outer = to_pod ? p->dst : p->src;
-	struct addr old_inner = to_pod ? in->src : in->dst;
+	const struct addr *old_outer = to_pod ? &p->dst : &p->src;
+	const struct addr *old_inner = to_pod ? &in->src : &in->dst;
 	__be16 old_port = to_pod ? in->sport : in->dport;
 
 	if (p->v6) {
 		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
 		__u32 inner = in->l3 + (to_pod ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
 
-		if (icmp_put(skb, p, outer, &old_outer, addr, 16, true) ||
-		    icmp_put(skb, p, inner, &old_inner, addr, 16, true))
+		if (icmp_put(skb, p, outer, old_outer, addr, 16, BPF_F_PSEUDO_HDR) ||
+		    icmp_put(skb, p, inner, old_inner, addr, 16, 0))
 			return DROP(p, DROP_WRITE);
 	} else {
 		__u32 outer = ETH_HLEN + (to_pod ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
 		__u32 inner = in->l3 + (to_pod ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
-		__u16 check[2] = {}, fixed[2] = {};
+		__u16 check;
 		__u32 sum;
 
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old_outer.w[3], addr->w[3], 4) ||
-		    icmp_put(skb, p, outer, &old_outer.w[3], &addr->w[3], 4, false) ||
-		    icmp_put(skb, p, inner, &old_inner.w[3], &addr->w[3], 4, true))
+		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old_outer->w[3], addr->w[3], 4) ||
+		    bpf_skb_store_bytes(skb, outer, &addr->w[3], 4, 0) ||
+		    icmp_put(skb, p, inner, &old_inner->w[3], &addr->w[3], 4, 0))
 			return DROP(p, DROP_WRITE);
 		/* The quoted header's own checksum, so that the receiver finds it sound. */
-		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), check, 2))
+		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), &check, sizeof(check)))
 			return DROP(p, DROP_WRITE);
-		sum = (__u16)~check[0] + (__u16)~(old_inner.w[3] & 0xffff) + (__u16)~(old_inner.w[3] >> 16) +
+		sum = (__u16)~check + (__u16)~(old_inner->w[3] & 0xffff) + (__u16)~(old_inner->w[3] >> 16) +
 		      (addr->w[3] & 0xffff) + (addr->w[3] >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
-		fixed[0] = ~sum;
-		if (icmp_put(skb, p, in->l3 + offsetof(struct iphdr, check), check, fixed, 2, true))
+		if (icmp_put16(skb, p, in->l3 + offsetof(struct iphdr, check), check, (__u16)~sum))
 			return DROP(p, DROP_WRITE);
 	}
 	if (in->port_off && old_port != port && in->proto != IPPROTO_SCTP) {
 		__u32 off = in->port_off + (to_pod || in->echo ? 0 : 2);
 
-		if (icmp_put(skb, p, off, &old_port, &port, 2, true))
+		if (icmp_put16(skb, p, off, old_port, port))
 			return DROP(p, DROP_WRITE);
 	}
 	return 0;

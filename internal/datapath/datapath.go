@@ -30,6 +30,9 @@ type Config struct {
 	PodCIDRs      []netip.Prefix // of this node; more than one of a family: every packet is looked up
 	NativeCIDRs   []netip.Prefix // at most one a family; never masqueraded
 
+	OverlayIfindex int    // the tunnel device; 0: there is none
+	TunnelPort     uint16 // its UDP port
+
 	HostRouting bool // BPF host routing; false: legacy
 	Masquerade4 bool
 	Masquerade6 bool
@@ -127,19 +130,21 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 	}
 	ticks := func(t time.Duration) uint32 { return uint32(t/time.Second) * hz }
 	c := &bpf.Constants{
-		HZ:            hz,
-		CTTCPTicks:    ticks(lifetimeTCP),
-		CTSYNTicks:    ticks(lifetimeSYN),
-		CTCloseTicks:  ticks(lifetimeClose),
-		CTAnyTicks:    ticks(lifetimeAny),
-		HostIfindex:   uint32(d.cfg.HostIfindex),
-		DirectIfindex: uint32(d.cfg.DirectIfindex),
-		HostRouting:   d.cfg.HostRouting,
-		Masquerade4:   d.cfg.Masquerade4,
-		Masquerade6:   d.cfg.Masquerade6,
-		SNATMin:       uint32(d.cfg.SNATMin),
-		SNATMax:       uint32(d.cfg.SNATMax),
-		HaveSetRetval: d.features.SetRetval,
+		HZ:             hz,
+		CTTCPTicks:     ticks(lifetimeTCP),
+		CTSYNTicks:     ticks(lifetimeSYN),
+		CTCloseTicks:   ticks(lifetimeClose),
+		CTAnyTicks:     ticks(lifetimeAny),
+		HostIfindex:    uint32(d.cfg.HostIfindex),
+		DirectIfindex:  uint32(d.cfg.DirectIfindex),
+		OverlayIfindex: uint32(d.cfg.OverlayIfindex),
+		TunnelPort:     uint32(d.cfg.TunnelPort),
+		HostRouting:    d.cfg.HostRouting,
+		Masquerade4:    d.cfg.Masquerade4,
+		Masquerade6:    d.cfg.Masquerade6,
+		SNATMin:        uint32(d.cfg.SNATMin),
+		SNATMax:        uint32(d.cfg.SNATMax),
+		HaveSetRetval:  d.features.SetRetval,
 	}
 	for i, b := range d.cfg.HostMAC {
 		c.HostMAC |= uint64(b) << (8 * i)

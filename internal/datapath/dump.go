@@ -56,7 +56,11 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			if n := v.Node.Addr(); n.IsValid() {
 				node = n
 			}
-			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=<none>", v.Identity, node))
+			flags := "<none>"
+			if v.Flags&bpf.IPCacheTunnel != 0 {
+				flags = "hastunnel"
+			}
+			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
 	case "lb":
 		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
@@ -134,7 +138,7 @@ func sides(k bpf.ConnKey, c bpf.Conn) (initiator, peer netip.AddrPort) {
 }
 
 var actionNames = [...]string{
-	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour",
+	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour", bpf.ActionTunnel: "tunnel",
 }
 
 func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
@@ -178,7 +182,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 }
 
 var hookNames = [bpf.Hooks]string{
-	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookPodIn: "to-container", bpf.HookSock: "sock",
+	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -196,6 +200,7 @@ var dropNames = map[uint8]string{
 	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
 	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
 	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
+	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
 	bpf.DropNoEndpoint: "Endpoint program not available",
 }
 
@@ -208,7 +213,7 @@ func DropName(reason uint8) string {
 }
 
 var fileNames = map[uint8]string{
-	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileParse: "parse.h",
+	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileOverlay: "overlay.c", bpf.FileParse: "parse.h",
 	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
 }
 
