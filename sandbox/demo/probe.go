@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"sync"
@@ -84,10 +85,8 @@ func (p *probe) stop() (probeResult, error) {
 	return r, nil
 }
 
-// maxGap between two answers. A lost segment of TCP is repaired within it, and counted; a longer gap is an outage.
-const maxGap = time.Second
-
-// verdict on a probe that ran while the cluster was ill-treated.
+// verdict on a probe that ran while the cluster was ill-treated. Gaps alone are no fault: the datapath keeps no packet
+// back, so an outage loses some, and on a busy machine a probe waits for the CPU for a second.
 func (r probeResult) verdict(d *diary) error {
 	where := func(t time.Time) string { return fmt.Sprintf("at %s (%s)", t.Format("15:04:05.000"), d.at(t)) }
 	const remedy = "lash bpf metrics list on both nodes counts drops with file and line"
@@ -95,13 +94,11 @@ func (r probeResult) verdict(d *diary) error {
 	case r.Error != "":
 		return fmt.Errorf("broken off after %d of %d messages: %s, last answer %s", r.Received, r.Sent, r.Error, where(r.MaxGapAt))
 	case r.Sent == 0:
-		return fmt.Errorf("the probe sent nothing")
+		return errors.New("the probe sent nothing")
 	case r.Lost > 0 && r.FirstLost != nil:
 		return fmt.Errorf("%d of %d messages lost, the first %s; longest gap %.0f ms ending %s; %s", r.Lost, r.Sent, where(*r.FirstLost), r.MaxGapMS, where(r.MaxGapAt), remedy)
 	case r.Resent > 0:
 		return fmt.Errorf("%d segments lost and sent again, of %d messages; longest gap %.0f ms ending %s; %s", r.Resent, r.Sent, r.MaxGapMS, where(r.MaxGapAt), remedy)
-	case time.Duration(r.MaxGapMS*float64(time.Millisecond)) > maxGap:
-		return fmt.Errorf("nothing lost, but no answer for %.0f ms until %s", r.MaxGapMS, where(r.MaxGapAt))
 	}
 	return nil
 }

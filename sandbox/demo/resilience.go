@@ -92,12 +92,12 @@ func (r *resilience) steps() []step {
 		{"programs replaced, by others for BPF host routing", func(ctx context.Context) error { return r.replacePrograms(ctx, "BPF") }},
 		{"node n3 removed", func(ctx context.Context) error { return r.c.RemoveNode(ctx, "n3") }},
 		{"node n3 removed: nothing of it or its pods remains on the others", r.leftovers},
+		{"another node n3 added, n4 removed", r.swapNodes},
+		{"another node n3 added, n4 removed: nothing of n4 or its pods remains", r.leftovers},
 		{"API server stopped; an agent killed with -9 becomes ready without it", r.apiServerAway},
 		{"API server away: new connections, service and DNS", r.newConnections},
 		{"API server away for a minute: agents follow it when it is back", r.apiServerBack},
 		{"API server back: nothing lost, nothing left", r.leftovers},
-		{"another node n3 added, n4 removed", r.swapNodes},
-		{"another node n3 added, n4 removed: nothing of n4 or its pods remains", r.leftovers},
 	}
 }
 

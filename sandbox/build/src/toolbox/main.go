@@ -9,7 +9,8 @@
 //
 // NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6; of a probe also icmp4 or icmp6, ADDR being without a port. HTTP: /hostname, /clientip (ADDR:PORT as seen),
 // /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
-// "hostname" and "clientip" are answered with just that, everything else is echoed.
+// "hostname" and "clientip" are answered with just that, over TCP "resent" with how many segments the server had to send
+// again, everything else is echoed.
 package main
 
 import (
@@ -172,6 +173,9 @@ func tcpEcho(l net.Listener, host string) error {
 				line, err := r.ReadString('\n')
 				if line != "" {
 					out := answer(line, host, c.RemoteAddr())
+					if strings.TrimSpace(line) == "resent" {
+						out = fmt.Sprint("resent ", resent(c))
+					}
 					if !strings.HasSuffix(out, "\n") {
 						out += "\n"
 					}
@@ -242,7 +246,7 @@ type Result struct {
 	Lost     int64 `json:"lost"`
 	// Overflowed answers arrived, but the probe was not given the CPU in time to read them; they are not in Lost.
 	Overflowed int64 `json:"overflowed,omitempty"`
-	// Resent is how many TCP segments the kernel had to send again because the first did not arrive.
+	// Resent is how many TCP segments either side had to send again because the first did not arrive.
 	Resent    int64      `json:"resent,omitempty"`
 	FirstLost *time.Time `json:"firstLost,omitempty"` // when the first message without an answer was sent
 	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
@@ -347,6 +351,8 @@ type ledger struct {
 	last     time.Time // answer
 	gap      time.Duration
 	gapEnd   time.Time
+	resent   int64 // by the other side, once it was asked
+	asked    chan struct{}
 }
 
 func (l *ledger) send() (number int) {
@@ -357,10 +363,15 @@ func (l *ledger) send() (number int) {
 }
 
 func (l *ledger) answer(text string) error {
-	head, _, _ := strings.Cut(text, " ")
-	n, err := strconv.Atoi(head)
+	head, rest, _ := strings.Cut(text, " ")
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if head == "resent" {
+		defer close(l.asked)
+		_, err := fmt.Sscan(rest, &l.resent)
+		return err
+	}
+	n, err := strconv.Atoi(head)
 	if err != nil || n < 0 || n >= len(l.sent) {
 		return fmt.Errorf("answer %q", text)
 	}
@@ -397,7 +408,7 @@ func (l *ledger) result() Result {
 }
 
 func run(ctx context.Context, c net.Conn, interval, total time.Duration, size int) Result {
-	l := &ledger{last: time.Now()}
+	l := &ledger{last: time.Now(), asked: make(chan struct{})}
 	readErr := make(chan error, 1)
 	go func() {
 		s := bufio.NewScanner(c)
@@ -435,13 +446,21 @@ sending:
 	for !l.complete() && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
+	if _, ok := c.(*net.TCPConn); ok && problem == "" {
+		_, _ = io.WriteString(c, "resent\n")
+		select {
+		case <-l.asked:
+		case <-time.After(2 * time.Second):
+			problem = "the server does not say what it had to send again"
+		}
+	}
 	resent, overflowed := resent(c), overflowed(c)
 	_ = c.SetReadDeadline(time.Now())
 	if err := <-readErr; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && problem == "" {
 		problem = err.Error()
 	}
 	r := l.result()
-	r.Resent, r.Overflowed, r.Error = resent, min(overflowed, r.Lost), problem
+	r.Resent, r.Overflowed, r.Error = resent+l.resent, min(overflowed, r.Lost), problem
 	if r.Lost -= r.Overflowed; r.Lost == 0 {
 		r.FirstLost = nil
 	}
