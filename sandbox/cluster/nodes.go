@@ -161,7 +161,7 @@ func (c *Cluster) WaitBooted(ctx context.Context, limit time.Duration, names ...
 
 // AddNode adds the node with the lowest free number and returns its name.
 func (c *Cluster) AddNode(ctx context.Context) (string, error) {
-	golden, err := c.golden(ctx)
+	golden, err := c.Prepare(ctx) // this program may be newer than the one that started the sandbox
 	if err != nil {
 		return "", err
 	}

@@ -221,7 +221,7 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 		slots <- struct{}{}
 		go func() {
 			defer func() { <-slots; wg.Done() }()
-			errs[i] = retry(ctx, ch.do)
+			errs[i] = until(ctx, patience, ch.do)
 			mu.Lock()
 			defer mu.Unlock()
 			if errs[i] != nil {
@@ -237,8 +237,9 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 	return passed, failed
 }
 
-func retry(ctx context.Context, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// until repeats do until it succeeds, and returns its last error when the time is over.
+func until(ctx context.Context, limit time.Duration, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	pause := 100 * time.Millisecond
 	var last error
@@ -252,7 +253,7 @@ func retry(ctx context.Context, do func(context.Context) error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return last
+			return fmt.Errorf("after %s: %w", limit, last)
 		case <-time.After(pause):
 			pause = min(2*pause, 2*time.Second)
 		}

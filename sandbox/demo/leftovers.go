@@ -290,29 +290,19 @@ func prefix(s string) netip.Prefix {
 	return netip.Prefix{}
 }
 
-// leftovers compares all nodes with what the API server says, until they agree or patience ends.
+// leftovers compares all nodes with what the API server says, until they agree.
 func (w *world) leftovers(ctx context.Context) error {
-	const patience = 60 * time.Second
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	for {
+	return until(ctx, 60*time.Second, func(ctx context.Context) error {
 		found, err := w.lookForLeftovers(ctx)
-		if err == nil && len(found) == 0 {
-			return nil
-		}
-		if err == nil {
-			more := ""
-			if n := len(found) - 12; n > 0 {
-				found, more = found[:12], fmt.Sprintf("; and %d more", n)
-			}
-			err = fmt.Errorf("after %s %s%s", patience, strings.Join(found, "; "), more)
-		}
-		select {
-		case <-ctx.Done():
+		if err != nil || len(found) == 0 {
 			return err
-		case <-time.After(time.Second):
 		}
-	}
+		more := ""
+		if n := len(found) - 12; n > 0 {
+			found, more = found[:12], fmt.Sprintf("; and %d more", n)
+		}
+		return errors.New(strings.Join(found, "; ") + more)
+	})
 }
 
 func (w *world) lookForLeftovers(ctx context.Context) ([]string, error) {

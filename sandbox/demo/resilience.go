@@ -60,7 +60,11 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		if err == nil {
 			err = result.verdict(&r.diary)
 		}
-		r.report(fmt.Sprintf("%s: nothing lost in all of this (%d messages, longest gap %.0f ms)", p.name, result.Sent, result.MaxGapMS), err)
+		name := p.name
+		if err == nil {
+			name = fmt.Sprintf("%s: nothing lost in all of this (%d messages, longest gap %.0f ms)", p.name, result.Sent, result.MaxGapMS)
+		}
+		r.report(name, err)
 		if result.Overflowed > 0 {
 			o.Say("%d answers came while the probe was not given the CPU: they arrived, but were not read", result.Overflowed)
 		}
@@ -70,6 +74,10 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		{"all nodes restarted at once: nothing of before remains", r.leftovers},
 	} {
 		r.run(ctx, s)
+	}
+	if n := len(r.c.Nodes); n != nodes {
+		r.report("all checks again", fmt.Errorf("the cluster has %d nodes, not %d: see above", n, nodes))
+		return r.passed, r.failed
 	}
 	o.Say("all checks again, on the restarted nodes")
 	p, f := runChecks(ctx, r.checks(o), o)
@@ -173,7 +181,7 @@ func (r *resilience) killAgent(ctx context.Context, node string) (pid string, er
 
 // waitAgent returns when an agent that is not the one of before is ready.
 func (r *resilience) waitAgent(ctx context.Context, node, before string) error {
-	return until(ctx, stepPatience, func() error {
+	return until(ctx, stepPatience, func(ctx context.Context) error {
 		pid, err := r.agentPid(ctx, node)
 		if err == nil && pid == before {
 			err = errors.New("it is the one of before")
@@ -194,23 +202,6 @@ func (r *resilience) killAndWait(ctx context.Context, node string) error {
 		return err
 	}
 	return r.waitAgent(ctx, node, pid)
-}
-
-// until repeats do until it succeeds, and returns its last error when the time is over.
-func until(ctx context.Context, limit time.Duration, do func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	for {
-		err := do()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("after %s: %w", limit, err)
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
 }
 
 func (r *resilience) kubectl(ctx context.Context, args ...string) error {
@@ -249,7 +240,7 @@ func (r *resilience) absence(ctx context.Context) error {
 	if err := r.kubectl(ctx, "label", "node", "n1", "n2", awayLabel+"=away"); err != nil {
 		return err
 	}
-	return until(ctx, stepPatience, func() error { return r.stillAway(ctx) })
+	return until(ctx, stepPatience, r.stillAway)
 }
 
 func (r *resilience) stillAway(ctx context.Context) error {
@@ -292,7 +283,7 @@ func (r *resilience) newPodFails(ctx context.Context) error {
 	if err := r.createPod(ctx, "late", "n1"); err != nil {
 		return err
 	}
-	return until(ctx, agentAway, func() error {
+	return until(ctx, agentAway, func(ctx context.Context) error {
 		events, err := r.events(ctx, "late")
 		if err != nil {
 			return err
@@ -375,7 +366,7 @@ func (r *resilience) newNodeIsConnected(ctx context.Context) error {
 	}
 	for _, f := range families {
 		for _, pair := range [][2]string{{"n4", "n1"}, {"n2", "n4"}} {
-			if err := until(ctx, patience, func() error {
+			if err := until(ctx, patience, func(ctx context.Context) error {
 				out, err := now.in(ctx, now.client[pair[0]], curl(now.web[pair[1]].addrs[f], 8080, "/hostname")...)
 				return expect(out, err, now.web[pair[1]].name)
 			}); err != nil {
@@ -522,7 +513,7 @@ func (r *resilience) restartAll(ctx context.Context) error {
 		return err
 	}
 	before := *r.world
-	err := until(ctx, stepPatience, func() error {
+	err := until(ctx, stepPatience, func(ctx context.Context) error {
 		now, err := r.settled(ctx)
 		if err != nil {
 			return err
