@@ -44,6 +44,7 @@ type step struct {
 
 func checkResilience(ctx context.Context, w *world, o Options) (passed, failed int) {
 	r := &resilience{world: w, o: o}
+	defer r.tidy(context.WithoutCancel(ctx))
 	probes, err := r.startProbes(ctx)
 	if err != nil {
 		r.report("probes start", err)
@@ -82,6 +83,14 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 	o.Say("all checks again, on the restarted nodes")
 	p, f := runChecks(ctx, r.checks(o), o)
 	return r.passed + p, r.failed + f
+}
+
+// tidy takes away what a story that ended early has left, so that the cluster can be used again.
+func (r *resilience) tidy(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	_ = r.kubectl(ctx, "label", "node", "--all", awayLabel+"-")
+	_ = r.kubectl(ctx, "-n", "demo", "delete", "pod/early", "pod/late", "service/after", "--ignore-not-found", "--wait=false")
 }
 
 func (r *resilience) steps() []step {
