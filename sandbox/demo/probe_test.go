@@ -14,7 +14,7 @@ func TestVerdictNamesWhatWasGoingOn(t *testing.T) {
 	lost := at(15)
 	d := &diary{entries: []entry{{at(10), "agent killed"}, {at(20), "node removed"}}}
 	for want, r := range map[string]probeResult{
-		"":                                   {Sent: 100, Received: 98, Overflowed: 2, MaxGapMS: 1300},
+		"":                                   {Sent: 100, Received: 98, Overflowed: 2, MaxGapMS: 1300, Resent: 5, Needless: 4},
 		"2 of 100 messages lost":             {Sent: 100, Received: 98, Lost: 2, FirstLost: &lost, MaxGapAt: at(21)},
 		"(agent killed)":                     {Sent: 100, Received: 98, Lost: 2, FirstLost: &lost, MaxGapAt: at(21)},
 		"(node removed)":                     {Sent: 100, Received: 98, Lost: 2, FirstLost: &lost, MaxGapAt: at(21)},

@@ -56,6 +56,7 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		}
 		r.run(ctx, s)
 	}
+	before := r.failed
 	for _, p := range probes {
 		result, err := p.stop()
 		if err == nil {
@@ -68,6 +69,11 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		r.report(name, err)
 		if result.Overflowed > 0 {
 			o.Say("%d answers came while the probe was not given the CPU: they arrived, but were not read", result.Overflowed)
+		}
+	}
+	for _, n := range []string{"n1", "n2"} {
+		if drops, err := r.lashOn(ctx, n, "bpf", "metrics", "list"); r.failed > before && err == nil {
+			o.Say("lash bpf metrics list on %s:\n%s", n, drops)
 		}
 	}
 	for _, s := range []step{

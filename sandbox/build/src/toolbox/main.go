@@ -9,8 +9,8 @@
 //
 // NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6; of a probe also icmp4 or icmp6, ADDR being without a port. HTTP: /hostname, /clientip (ADDR:PORT as seen),
 // /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
-// "hostname" and "clientip" are answered with just that, over TCP "resent" with how many segments the server had to send
-// again, everything else is echoed.
+// "hostname" and "clientip" are answered with just that, over TCP "resent" with how many segments the server sent
+// again and how many of them needlessly, everything else is echoed.
 package main
 
 import (
@@ -174,7 +174,8 @@ func tcpEcho(l net.Listener, host string) error {
 				if line != "" {
 					out := answer(line, host, c.RemoteAddr())
 					if strings.TrimSpace(line) == "resent" {
-						out = fmt.Sprint("resent ", resent(c))
+						total, needless := resent(c)
+						out = fmt.Sprint("resent ", total, " ", needless)
 					}
 					if !strings.HasSuffix(out, "\n") {
 						out += "\n"
@@ -246,8 +247,10 @@ type Result struct {
 	Lost     int64 `json:"lost"`
 	// Overflowed answers arrived, but the probe was not given the CPU in time to read them; they are not in Lost.
 	Overflowed int64 `json:"overflowed,omitempty"`
-	// Resent is how many TCP segments either side had to send again because the first did not arrive.
+	// Resent is how many TCP segments either side sent again, Needless of how many of them the peer said that it had them
+	// already (DSACK): a busy machine makes TCP impatient.
 	Resent    int64      `json:"resent,omitempty"`
+	Needless  int64      `json:"needless,omitempty"`
 	FirstLost *time.Time `json:"firstLost,omitempty"` // when the first message without an answer was sent
 	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
 	MaxGapAt  time.Time  `json:"maxGapAt"`            // its end
@@ -351,8 +354,9 @@ type ledger struct {
 	last     time.Time // answer
 	gap      time.Duration
 	gapEnd   time.Time
-	resent   int64 // by the other side, once it was asked
-	asked    chan struct{}
+	asked    chan struct{} // closed when the other side has said what it sent again
+
+	resent, needless int64 // by the other side
 }
 
 func (l *ledger) send() (number int) {
@@ -368,7 +372,7 @@ func (l *ledger) answer(text string) error {
 	defer l.mu.Unlock()
 	if head == "resent" {
 		defer close(l.asked)
-		_, err := fmt.Sscan(rest, &l.resent)
+		_, err := fmt.Sscan(rest, &l.resent, &l.needless)
 		return err
 	}
 	n, err := strconv.Atoi(head)
@@ -454,30 +458,30 @@ sending:
 			problem = "the server does not say what it had to send again"
 		}
 	}
-	resent, overflowed := resent(c), overflowed(c)
+	resent, needless := resent(c)
+	overflowed := overflowed(c)
 	_ = c.SetReadDeadline(time.Now())
 	if err := <-readErr; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && problem == "" {
 		problem = err.Error()
 	}
 	r := l.result()
-	r.Resent, r.Overflowed, r.Error = resent+l.resent, min(overflowed, r.Lost), problem
+	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
 	if r.Lost -= r.Overflowed; r.Lost == 0 {
 		r.FirstLost = nil
 	}
 	return r
 }
 
-// resent is the connection's count of segments sent again less those of which the peer said that it had them already
-// (DSACK): a busy machine makes TCP impatient. 0 if c is no TCP connection.
-func resent(c net.Conn) int64 {
+// resent is the connection's count of segments sent again, and of those that the peer had already. 0 if c is no TCP
+// connection.
+func resent(c net.Conn) (total, needless int64) {
 	t, ok := c.(*net.TCPConn)
 	if !ok {
-		return 0
+		return 0, 0
 	}
-	var info [256]byte // struct tcp_info of linux/tcp.h
+	var info [256]byte // struct tcp_info of linux/tcp.h: tcpi_total_retrans, tcpi_dsack_dups
 	sockopt(t, syscall.IPPROTO_TCP, syscall.TCP_INFO, info[:])
-	total, needless := binary.NativeEndian.Uint32(info[100:]), binary.NativeEndian.Uint32(info[216:])
-	return max(0, int64(total)-int64(needless))
+	return int64(binary.NativeEndian.Uint32(info[100:])), int64(binary.NativeEndian.Uint32(info[216:]))
 }
 
 // overflowed is the count of datagrams that did not fit into the socket's buffer.
