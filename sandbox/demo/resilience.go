@@ -51,10 +51,11 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		return r.passed, r.failed
 	}
 	for _, s := range r.steps() {
-		if ctx.Err() != nil {
-			break
-		}
 		r.run(ctx, s)
+		if ctx.Err() != nil {
+			r.report("resilience", errors.New("interrupted"))
+			return r.passed, r.failed
+		}
 	}
 	before := r.failed
 	for _, p := range probes {
