@@ -24,6 +24,7 @@ type wanted struct {
 	pods      map[netip.Addr]podFacts   // by each address; without those of the host's network
 	frontends map[string]bool           // ADDR:PORT/PROTO
 	backends  map[netip.AddrPort]string // protocols are those of their service
+	ready     map[netip.AddrPort]bool   // of the backends
 }
 
 type nodeFacts struct {
@@ -344,7 +345,8 @@ func readWanted(ctx context.Context, c *cluster.Cluster) (wanted, error) {
 }
 
 func parseWanted(list []byte) (wanted, error) {
-	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, backends: map[netip.AddrPort]string{}}
+	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, backends: map[netip.AddrPort]string{},
+		ready: map[netip.AddrPort]bool{}}
 	type port struct {
 		Port     uint16
 		Protocol string
@@ -366,8 +368,11 @@ func parseWanted(list []byte) (wanted, error) {
 				PodIPs    []struct{ IP string }
 				Addresses []struct{ Type, Address string }
 			}
-			Endpoints []struct{ Addresses []string }
-			Ports     []port
+			Endpoints []struct {
+				Addresses  []string
+				Conditions struct{ Ready *bool }
+			}
+			Ports []port
 		}
 	}
 	if err := json.Unmarshal(list, &objects); err != nil {
@@ -402,7 +407,9 @@ func parseWanted(list []byte) (wanted, error) {
 			for _, e := range o.Endpoints {
 				for _, a := range e.Addresses {
 					for _, p := range o.Ports {
-						w.backends[netip.AddrPortFrom(address(a), p.Port)] = o.Metadata.Namespace + "/" + o.Metadata.Name
+						b := netip.AddrPortFrom(address(a), p.Port)
+						w.backends[b] = o.Metadata.Namespace + "/" + o.Metadata.Name
+						w.ready[b] = w.ready[b] || e.Conditions.Ready == nil || *e.Conditions.Ready
 					}
 				}
 			}

@@ -403,7 +403,35 @@ func (r *resilience) settled(ctx context.Context) (*world, error) {
 			return nil, fmt.Errorf("%w\n%s", err, podsOverview(ctx, r.c))
 		}
 	}
-	return look(ctx, r.c)
+	now, err := look(ctx, r.c)
+	if err != nil {
+		return nil, err
+	}
+	return now, until(ctx, stepPatience, now.published)
+}
+
+// published: the backends that Kubernetes has published are the pods there are. Its controllers lag behind for up to a
+// minute after the API server was away.
+func (w *world) published(ctx context.Context) error {
+	want, err := readWanted(ctx, w.c)
+	if err != nil {
+		return err
+	}
+	for b, slice := range want.backends {
+		for name, n := range want.nodes {
+			if _, pod := want.pods[b.Addr()]; !pod && slices.ContainsFunc(n.cidrs, func(c netip.Prefix) bool { return c.Contains(b.Addr()) }) {
+				return fmt.Errorf("EndpointSlice %s has backend %s, of no pod of node %s", slice, b, name)
+			}
+		}
+	}
+	for _, p := range w.web {
+		for _, a := range p.addrs {
+			if b := netip.AddrPortFrom(a, 8080); !want.ready[b] {
+				return fmt.Errorf("pod %s is no ready backend of its service: %s", p.name, b)
+			}
+		}
+	}
+	return nil
 }
 
 // replacePrograms upgrades to the other host routing and looks whether the programs that are attached are others.
