@@ -192,29 +192,7 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
-}
-
-var dropNames = map[uint8]string{
-	bpf.DropInvalidSource: "Invalid source ip", bpf.DropPolicy: "Policy denied", bpf.DropInvalid: "Invalid packet",
-	bpf.DropCTInvalid: "CT: Truncated or invalid header", bpf.DropUnsupportedL3: "Unsupported L3 protocol", bpf.DropWrite: "Error writing to packet",
-	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
-	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
-	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
-	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
-	bpf.DropVLAN: "VLAN traffic disallowed by VLAN filter", bpf.DropNoEndpoint: "Endpoint program not available",
-}
-
-// DropName is the text of a drop reason, as the field's tools print it.
-func DropName(reason uint8) string {
-	if s, ok := dropNames[reason]; ok {
-		return s
-	}
-	return fmt.Sprintf("reason %d", reason)
-}
-
-var fileNames = map[uint8]string{
-	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileOverlay: "overlay.c", bpf.FileParse: "parse.h",
-	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
+	bpf.SlowReport: "Fast path, with an event",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {
@@ -248,7 +226,7 @@ func (d *Datapath) dumpMetrics() ([]string, [][]string, error) {
 		if int(k.Dir) < len(hookNames) {
 			hook = hookNames[k.Dir]
 		}
-		rows = append(rows, []string{DropName(k.Reason), hook, fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), fmt.Sprint(k.Line), fileNames[k.File]})
+		rows = append(rows, []string{bpf.DropName(k.Reason), hook, fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), fmt.Sprint(k.Line), bpf.FileName(k.File)})
 	}
 	if err := it.Err(); err != nil {
 		return nil, nil, fmt.Errorf("read lash_drops: %w", err)
