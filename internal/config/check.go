@@ -106,6 +106,12 @@ func (c *Config) check() []error {
 			bad("debug-verbose", "must be datapath or empty")
 		}
 	}
+	if _, err := TCPFlags(c.MonitorFlags); err != nil {
+		bad("monitor-aggregation-flags", "%v", err)
+	}
+	if d := c.MonitorInterval; d < 100*time.Millisecond || d > time.Hour {
+		bad("monitor-aggregation-interval", "must be from 100ms to 1h")
+	}
 	if d := c.NodesGCInterval; d != 0 && d < time.Second {
 		bad("nodes-gc-interval", "must be 0s (never) or at least 1s")
 	}

@@ -26,7 +26,7 @@ var values = map[string]map[string]string{
 	"routing-mode":           {"disabled": "native", "vxlan": "tunnel", "geneve": "tunnel"},
 	"kube-proxy-replacement": {"strict": "true", "probe": "true", "partial": "true", "disabled": "false"},
 	"ipam":                   {"cluster-pool-v2beta": "cluster-pool", "hostscope-legacy": "kubernetes"},
-	"monitor-aggregation":    {"lowest": "low", "max": "maximum"},
+	"monitor-aggregation":    {"disabled": "none", "lowest": "low", "max": "maximum"},
 }
 
 // absent lists keys of features this version does not have, with the values that leave the feature off. They are
@@ -82,8 +82,6 @@ var meaningless = map[string]string{
 	"bpf-map-dynamic-size-ratio":          "maps have the sizes that are configured: see bpf-ct-max and bpf-lb-map-max",
 	"bpf-policy-map-max":                  "network policy is not part of this version",
 	"preallocate-bpf-maps":                "maps are allocated as their kind requires",
-	"monitor-aggregation-interval":        "events follow decisions, not a timer: see monitor-aggregation",
-	"monitor-aggregation-flags":           "events follow decisions, not TCP flags: see monitor-aggregation",
 	"enable-node-port":                    "it is part of kube-proxy-replacement",
 	"enable-host-reachable-services":      "it is part of kube-proxy-replacement",
 	"enable-host-port":                    "it is part of kube-proxy-replacement",

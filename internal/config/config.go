@@ -47,7 +47,12 @@ type Config struct {
 	DatapathMode              string         `key:"datapath-mode" default:"veth" one-of:"veth" section:"Datapath" doc:"Kind of the device that connects a pod to its node."`
 	EnableTCX                 bool           `key:"enable-tcx" default:"true" section:"Datapath" doc:"Attach programs by tcx links where the kernel has them (6.6); otherwise, and when false, by clsact filters."`
 	BPFCTMax                  int            `key:"bpf-ct-max" default:"524288" section:"Datapath" doc:"Connections the node can track, from 1024 to 16777216."`
-	MonitorAggregation        string         `key:"monitor-aggregation" default:"medium" one-of:"none,low,medium,maximum" section:"Datapath" doc:"Which packets of an established connection cause events. none: all of them."`
+	MonitorAggregation        string         `key:"monitor-aggregation" default:"medium" one-of:"none,low,medium,maximum" section:"Datapath" doc:"Which packets of a connection cause events. none: all, where they come from and where they go; low: all, where they go; medium: of each direction the first, those with new TCP flags, and one each interval; maximum: the same without interval. 'lash config' changes it while the agent runs."`
+	MonitorInterval           time.Duration  `key:"monitor-aggregation-interval" default:"5s" section:"Datapath" doc:"Time between two events of one direction of a connection at monitor-aggregation medium."`
+	MonitorFlags              []string       `key:"monitor-aggregation-flags" default:"syn,fin,rst" section:"Datapath" doc:"TCP flags that cause an event when a direction has them for the first time: fin, syn, rst, psh, ack, urg, ece, cwr, or all."`
+	BPFEventsDrop             bool           `key:"bpf-events-drop-enabled" default:"true" section:"Datapath" doc:"Tell listeners about drops. They are counted in either case."`
+	BPFEventsVerdict          bool           `key:"bpf-events-policy-verdict-enabled" default:"true" section:"Datapath" doc:"Tell listeners what policy decided about new connections."`
+	BPFEventsTrace            bool           `key:"bpf-events-trace-enabled" default:"true" section:"Datapath" doc:"Tell listeners about packets that are forwarded."`
 	BPFRoot                   string         `key:"bpf-root" default:"/sys/fs/bpf" section:"Datapath" doc:"Mount point of the BPF file system; maps and links are pinned in its directory lash."`
 	CgroupRoot                string         `key:"cgroup-root" default:"" section:"Datapath" doc:"Control group (version 2) for the socket programs. Empty: the root of the mounted hierarchy as the agent sees it."`
 	Debug                     bool           `key:"debug" default:"false" section:"Agent" doc:"Log details."`
