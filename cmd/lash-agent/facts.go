@@ -74,6 +74,7 @@ func (a *agent) facts() server.Facts {
 		f.MTU = api.MTU{Device: d.MTU, Route: d.MTU, Reason: d.MTUReason}
 	}
 	if p.dp != nil {
+		f.Monitor = a.monitorFact(p.dp)
 		f.AttachMode = "Legacy TC"
 		if p.dp.Features().TCX {
 			f.AttachMode = "TCX"

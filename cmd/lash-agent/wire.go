@@ -18,6 +18,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
+	"github.com/lash-net/lash/internal/events"
 	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
@@ -50,6 +51,9 @@ type agent struct {
 	host    *netdev.Host
 	dp      *datapath.Datapath // nil until the node has its addresses
 	eps     *endpoint.Endpoints
+
+	monitoring *monitoring
+	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
 
 	kinds      []string                         // API kinds that are watched
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
@@ -84,7 +88,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.ipam = ipam.New(cfg.IPAM, cfg.EnableIPv4, cfg.EnableIPv6)
 	a.nodeCfg = nodeConfig(cfg, name)
 	a.chooseHostRouting()
-	srv := server.New(server.Config{Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Log: log})
+	a.monitoring = newMonitoring(cfg)
+	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
+	g.start("endpoint-log", endpointLog.Run)
+	srv := server.New(server.Config{
+		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, EndpointLog: endpointLog, Log: log,
+	})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
 	g.start("health", func(ctx context.Context) error { return srv.ServeHealth(ctx, cfg.AgentHealthPort) })
 
@@ -133,6 +142,11 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		return g.stop(a.cidrsChanged(n))
 	}
 	defer a.dp.Close()
+	ring, err := a.startEvents(g)
+	if err != nil {
+		return g.stop(err)
+	}
+	defer ring.Close()
 	a.phase.Store(&phase{waiting: "restoring endpoints", dp: a.dp})
 
 	// 5. Loops that make the kernel equal to tables.

@@ -221,6 +221,7 @@ func TestRemoteArgumentsDropWhatSaysWhere(t *testing.T) {
 		"status --wait --wait-duration 3s -o json":                              "status --output=json",
 		"endpoint get 7 --node n1":                                              "endpoint get 7",
 		"bpf ct list -o json --node n1":                                         "bpf ct list --output=json",
+		"monitor -vv --type drop,trace --related-to 7 --related-to 8 --node n1": "monitor --related-to=7 --related-to=8 --type=drop --type=trace --verbose=2",
 	} {
 		cmd, rest, err := root.Find(strings.Fields(line))
 		if err != nil {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -76,8 +77,38 @@ func (a *app) endpointCommand() *cobra.Command {
 			})
 		},
 	}
+	log := &cobra.Command{
+		Use: "log ID", Short: "Show the recent changes of one endpoint", Args: cobra.ExactArgs(1),
+		Example: "  lash endpoint log 1066",
+	}
+	a.outputFlag(log)
+	log.RunE = func(cmd *cobra.Command, args []string) error {
+		if n, err := strconv.ParseUint(args[0], 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("endpoint %q: must be a number from 1 to 65535, the first column of 'lash endpoint list'", args[0])
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var changes []agent.EndpointChange
+			if err := c.get(ctx, "/v1/endpoints/"+args[0]+"/log", &changes); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(changes); done || err != nil {
+				return err
+			}
+			printEndpointLog(a.Out, changes)
+			return nil
+		})
+	}
 	return group("endpoint", "Pods of this node, as the datapath knows them", []string{"endpoints", "ep"},
-		listing(a, "list", "List the endpoints", "/v1/endpoints", printEndpoints), get)
+		listing(a, "list", "List the endpoints", "/v1/endpoints", printEndpoints), get, log)
+}
+
+func printEndpointLog(out io.Writer, changes []agent.EndpointChange) {
+	w := columns(out)
+	row(w, "Timestamp", "Status", "State", "Message")
+	for _, c := range changes {
+		row(w, c.Time.UTC().Format(time.RFC3339), c.Status, c.State, c.Message)
+	}
+	w.Flush()
 }
 
 func printEndpoints(out io.Writer, eps []model.Endpoint) {

@@ -37,7 +37,11 @@ type Config struct {
 	Tables   *state.Tables
 	Facts    func() Facts
 	Datapath Datapath
-	Log      *slog.Logger
+	Events   Events
+	Options  Options
+	// EndpointLog may be asked from the start.
+	EndpointLog EndpointLog
+	Log         *slog.Logger
 }
 
 // Server answers requests.
@@ -52,6 +56,10 @@ func New(cfg Config) *Server {
 	s.handle("GET /v1/status", s.status)
 	s.handle("GET /v1/endpoints", s.endpoints)
 	s.handle("GET /v1/endpoints/{id}", s.endpoint)
+	s.handle("GET /v1/endpoints/{id}/log", s.endpointLog)
+	s.handle("GET /v1/config", s.options)
+	s.handle("PATCH /v1/config", s.setOptions)
+	s.mux.HandleFunc("GET /v1/monitor", s.monitor)
 	s.handle("GET /v1/ip", s.ips)
 	s.handle("GET /v1/nodes", func(*http.Request) (any, error) { return all(s, cfg.Tables.Nodes), nil })
 	s.handle("GET /v1/services", s.services)
@@ -184,12 +192,20 @@ func all[Row any](s *Server, tbl statedb.Table[Row]) []Row {
 
 func (s *Server) endpoints(*http.Request) (any, error) { return all(s, s.cfg.Tables.Endpoints), nil }
 
-func (s *Server) endpoint(r *http.Request) (any, error) {
+func endpointID(r *http.Request) (uint16, error) {
 	id, err := strconv.ParseUint(r.PathValue("id"), 10, 16)
 	if err != nil || id == 0 {
-		return nil, problem{http.StatusBadRequest, fmt.Sprintf("endpoint %q is not a number from 1 to 65535; 'lash endpoint list' shows them", r.PathValue("id"))}
+		return 0, problem{http.StatusBadRequest, fmt.Sprintf("endpoint %q is not a number from 1 to 65535; 'lash endpoint list' shows them", r.PathValue("id"))}
 	}
-	ep, _, ok := s.cfg.Tables.Endpoints.Get(s.cfg.Tables.DB.ReadTxn(), state.EndpointByID(uint16(id)))
+	return uint16(id), nil
+}
+
+func (s *Server) endpoint(r *http.Request) (any, error) {
+	id, err := endpointID(r)
+	if err != nil {
+		return nil, err
+	}
+	ep, _, ok := s.cfg.Tables.Endpoints.Get(s.cfg.Tables.DB.ReadTxn(), state.EndpointByID(id))
 	if !ok {
 		return nil, notFound("no endpoint %d on this node; 'lash endpoint list' shows those that are", id)
 	}
