@@ -199,6 +199,7 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"endpoint", "Local addresses"},
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
+		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
 		{"lb", "Services and their backends"},
 		{"nat", "Translated connections"},
 		{"metrics", "Packets forwarded and dropped, by reason"},

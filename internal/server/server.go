@@ -30,7 +30,7 @@ type Datapath interface {
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "ct", "ipcache", "lb", "nat", "metrics"}
+var Dumps = []string{"net", "endpoint", "ct", "ipcache", "tunnel", "lb", "nat", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {

@@ -47,7 +47,9 @@ func (h *Host) EnsureTunnel(config TunnelConfig) (Tunnel, error) {
 	}
 	defer nl.Close()
 	var tunnel Tunnel
-	changed := func(format string, args ...any) { tunnel.Changes = append(tunnel.Changes, fmt.Sprintf(format, args...)) }
+	changed := func(format string, args ...any) {
+		tunnel.Changes = append(tunnel.Changes, fmt.Sprintf(format, args...))
+	}
 
 	name := map[string]string{VXLAN: VXLANDevice, Geneve: GeneveDevice}[config.Protocol]
 	for _, other := range []string{VXLANDevice, GeneveDevice} {
