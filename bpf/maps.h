@@ -142,6 +142,7 @@ enum conn_action {
 	ACTION_HOST,             /* up the host's stack, through lash_host */
 	ACTION_PASS,             /* up the host's stack, from here */
 	ACTION_NEIGH,            /* never stored: out of out_ifindex, the kernel resolves the neighbour */
+	ACTION_TUNNEL,           /* encapsulated to node, with identity vni */
 };
 
 enum dir_flags {
@@ -153,8 +154,9 @@ enum dir_flags {
 /* Where packets of a direction must arrive for its decision to hold: a pod's
  * ifindex, or one of these. A packet elsewhere is decided anew, source check included. */
 enum conn_in {
-	IN_NETDEV = 0,
-	IN_HOST   = 0xffffffff,
+	IN_NETDEV  = 0,
+	IN_HOST    = 0xffffffff,
+	IN_OVERLAY = 0xfffffffe, /* and from the node that the other direction goes to */
 };
 
 struct conn_dir {
@@ -165,8 +167,14 @@ struct conn_dir {
 	__u8 action;             /* enum conn_action */
 	__u8 flags;              /* enum dir_flags */
 	__u16 mtu;               /* of the route; 0: no limit to check */
-	struct mac dmac;
-	struct mac smac;
+	__u32 vni;               /* ACTION_TUNNEL: the sender's identity */
+	union {
+		struct {
+			struct mac dmac;
+			struct mac smac;
+		};
+		struct addr node;    /* ACTION_TUNNEL: where to */
+	};
 	__u64 packets;           /* plain increments: one direction is one CPU's, nearly always */
 	__u64 bytes;
 };
@@ -335,6 +343,7 @@ enum hook {
 	HOOK_HOST,               /* from_host */
 	HOOK_NETDEV_OUT,         /* to_netdev */
 	HOOK_SOCK,
+	HOOK_OVERLAY,            /* from_overlay */
 	HOOKS,
 };
 

@@ -142,6 +142,8 @@ static __always_inline bool may_answer_masqueraded(const struct pkt *p)
 		return true;
 	if (p->flags & PKT_ECHO)
 		return p->dport != 0;
+	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
+		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
 		return port >= cfg_snat_min && port <= cfg_snat_max;
 	return p->proto != IPPROTO_ICMPV6;

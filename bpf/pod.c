@@ -16,6 +16,18 @@ struct plan {
 	__u32 why;
 };
 
+/* Back into the pod that iface is about, behind ifindex. */
+static __always_inline void decide_back(struct conn_dir *d, __u32 in, __u32 ifindex, const struct iface *iface, __u8 flags)
+{
+	d->in = in;
+	d->action = ACTION_PEER;
+	d->flags = flags;
+	d->out_ifindex = ifindex;
+	d->dmac = iface->mac;
+	d->smac = iface->node_mac;
+	d->deadline = ticks() + FOREVER;
+}
+
 /* plan_route decides what leaves the node: both directions, masquerading with them when
  * the packet is the initiator's (orig). The action for this packet, or a drop reason. */
 static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, struct plan *plan,
@@ -51,13 +63,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 	}
 	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
 	/* The answer comes in by the network and goes straight into this pod. */
-	plan->back.in = IN_NETDEV;
-	plan->back.action = ACTION_PEER;
-	plan->back.flags = DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0);
-	plan->back.out_ifindex = in;
-	plan->back.dmac = iface->mac;
-	plan->back.smac = iface->node_mac;
-	plan->back.deadline = ticks() + FOREVER;
+	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0));
 	return action;
 }
 
@@ -96,6 +102,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_key *k;
 	struct conn_dir *d;
 	struct conn *c;
+	struct ipcache_entry *remote;
 	bool from_hi, orig;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
@@ -140,23 +147,18 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
 		decide_pod(&plan->forth, in, ep, DIR_TTL);
-		plan->back.in = ep->ifindex;
-		plan->back.action = ACTION_PEER;
-		plan->back.flags = DIR_TTL;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, ep->ifindex, in, iface, DIR_TTL);
 		action = ACTION_PEER;
 	} else if (ep) {
 		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
-		plan->back.in = IN_HOST;
-		plan->back.action = ACTION_PEER;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, IN_HOST, in, iface, 0);
 		action = ACTION_HOST;
+	} else if ((remote = tunnel_to(&p->dst))) {
+		decide_tunnel(&plan->forth, in, &remote->node, iface->identity);
+		/* The answer comes out of the tunnel and goes straight into this pod; with legacy host routing, up the stack. */
+		if (cfg_host_routing)
+			decide_back(&plan->back, IN_OVERLAY, in, iface, DIR_TTL);
+		action = ACTION_TUNNEL;
 	} else {
 		action = plan_route(skb, p, plan, iface, k, c, orig);
 		if (action < 0)

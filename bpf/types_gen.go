@@ -22,7 +22,7 @@ type BackendKey struct {
 	Slot    uint32
 }
 
-// Conn is struct conn, 128 bytes.
+// Conn is struct conn, 144 bytes.
 type Conn struct {
 	Orig    ConnDir
 	Reply   ConnDir
@@ -35,7 +35,7 @@ type Conn struct {
 	_       uint32
 }
 
-// ConnDir is struct conn_dir, 48 bytes.
+// ConnDir is struct conn_dir, 56 bytes.
 type ConnDir struct {
 	Epoch      uint32
 	Deadline   uint32
@@ -44,8 +44,10 @@ type ConnDir struct {
 	Action     uint8
 	Flags      uint8
 	MTU        uint16
+	Vni        uint32
 	DMAC       MAC
 	SMAC       MAC
+	_          [4]byte
 	Packets    uint64
 	Bytes      uint64
 }
@@ -145,7 +147,7 @@ type Runtime struct {
 	Ticks uint64
 }
 
-// Scratch is struct scratch, 600 bytes.
+// Scratch is struct scratch, 616 bytes.
 type Scratch struct {
 	Conn   Conn
 	Key    ConnKey
@@ -198,6 +200,7 @@ const (
 	ActionHost   = 3
 	ActionPass   = 4
 	ActionNeigh  = 5
+	ActionTunnel = 6
 )
 
 // enum conn_flags.
@@ -209,8 +212,9 @@ const (
 
 // enum conn_in.
 const (
-	InNetdev = 0
-	InHost   = 4294967295
+	InNetdev  = 0
+	InHost    = 4294967295
+	InOverlay = 4294967294
 )
 
 // enum conn_state.
@@ -231,22 +235,25 @@ const (
 
 // enum drop_reason.
 const (
-	DropInvalidSource = 132
-	DropPolicy        = 133
-	DropInvalid       = 134
-	DropCTInvalid     = 135
-	DropUnsupportedL3 = 139
-	DropWrite         = 141
-	DropUnroutable    = 151
-	DropCTInsert      = 155
-	DropIPv6Extension = 156
-	DropNATExhausted  = 167
-	DropNATProto      = 168
-	DropFIB           = 169
-	DropNoFragment    = 175
-	DropICMPv6        = 176
-	DropUnsupportedL2 = 166
-	DropNoEndpoint    = 203
+	DropInvalidSource   = 132
+	DropPolicy          = 133
+	DropInvalid         = 134
+	DropCTInvalid       = 135
+	DropUnsupportedL3   = 139
+	DropWrite           = 141
+	DropTunnelKey       = 147
+	DropUnroutable      = 151
+	DropCTInsert        = 155
+	DropIPv6Extension   = 156
+	DropNATExhausted    = 167
+	DropNATProto        = 168
+	DropFIB             = 169
+	DropInvalidIdentity = 171
+	DropUnknownSender   = 172
+	DropNoFragment      = 175
+	DropICMPv6          = 176
+	DropUnsupportedL2   = 166
+	DropNoEndpoint      = 203
 )
 
 // enum endpoint_flags.
@@ -276,7 +283,8 @@ const (
 	HookHost      = 2
 	HookNetdevOut = 3
 	HookSock      = 4
-	Hooks         = 5
+	HookOverlay   = 5
+	Hooks         = 6
 )
 
 // enum identity.

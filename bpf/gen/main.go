@@ -125,6 +125,10 @@ func (g *generator) add(t btf.Type) {
 		for _, m := range t.Members {
 			g.add(m.Type)
 		}
+	case *btf.Union:
+		for _, m := range t.Members {
+			g.add(m.Type)
+		}
 	case *btf.Array:
 		g.add(t.Type)
 	}
@@ -149,6 +153,27 @@ func (g *generator) write() []byte {
 			size, err := btf.Sizeof(m.Type)
 			if err != nil {
 				log.Fatalf("gen: struct %s, %s: %v", name, m.Name, err)
+			}
+			if u, ok := m.Type.(*btf.Union); ok {
+				// Go has no unions: the first member's fields, and the rest unnamed.
+				first, ok := u.Members[0].Type.(*btf.Struct)
+				if !ok {
+					log.Fatalf("gen: struct %s: the first member of its union is no struct", name)
+				}
+				at = off
+				for _, f := range first.Members {
+					fmt.Fprintf(&b, "%s %s\n", camel(f.Name), goType(f.Type))
+					n, err := btf.Sizeof(f.Type)
+					if err != nil {
+						log.Fatalf("gen: struct %s, %s: %v", name, f.Name, err)
+					}
+					at += uint32(n)
+				}
+				if end := off + u.Size; at != end {
+					fmt.Fprintf(&b, "_ [%d]byte\n", end-at)
+					at = end
+				}
+				continue
 			}
 			field := camel(m.Name)
 			if strings.HasPrefix(m.Name, "pad") {

@@ -155,8 +155,8 @@ static __always_inline void dir_publish(struct conn_dir *d, const struct conn_di
 	d->action = decided->action;
 	d->flags = decided->flags;
 	d->mtu = decided->mtu;
-	d->dmac = decided->dmac;
-	d->smac = decided->smac;
+	d->vni = decided->vni;
+	d->node = decided->node; /* or the MAC addresses */
 	barrier();
 	*(volatile __u32 *)&d->epoch = epoch;
 }

@@ -65,6 +65,50 @@ static __always_inline int to_host(struct __sk_buff *skb, const struct pkt *p)
 	return bpf_redirect(cfg_host_ifindex, BPF_F_INGRESS);
 }
 
+/* to_tunnel encapsulates. The inner frame stays as the sender made it: the receiving
+ * node decrements its TTL and writes its MAC addresses, once, when it delivers. */
+static __noinline int to_tunnel(struct __sk_buff *skb, const struct addr *node, __u32 vni)
+{
+	struct bpf_tunnel_key key = { .tunnel_id = vni, .tunnel_ttl = 64 };
+	__u64 flags = BPF_F_ZERO_CSUM_TX;
+
+	if (addr_is4(node)) {
+		key.remote_ipv4 = bpf_ntohl(node->w[3]);
+	} else {
+		__builtin_memcpy(key.remote_ipv6, node, sizeof(key.remote_ipv6));
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
+		return -1;
+	note(skb, cfg_overlay_ifindex, ACTION_TUNNEL);
+	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+	return bpf_redirect(cfg_overlay_ifindex, 0);
+}
+
+/* tunnel_sender: the outer source address and the VNI of a packet from the tunnel. */
+static __always_inline int tunnel_sender(struct __sk_buff *skb, struct addr *node, __u32 *vni)
+{
+	struct bpf_tunnel_key key = {};
+
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+		addr_from4(node, bpf_htonl(key.remote_ipv4));
+	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		__builtin_memcpy(node, key.remote_ipv6, sizeof(*node));
+	else
+		return -1;
+	*vni = key.tunnel_id;
+	return 0;
+}
+
+/* sent_by: the packet from the tunnel comes from the node that d leads to. */
+static __noinline bool sent_by(struct __sk_buff *skb, const struct conn_dir *d)
+{
+	struct addr node;
+	__u32 vni;
+
+	return d->action == ACTION_TUNNEL && !tunnel_sender(skb, &node, &vni) && addr_equal(&node, &d->node);
+}
+
 /* carry_out rewrites and sends a packet as decided. Negative: the packet could not be written. */
 static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p, const enum hook hook,
 				     const struct conn *c, const struct conn_dir *d, const struct conn_key *k)
@@ -89,6 +133,8 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p,
 		note(skb, out, ACTION_EGRESS);
 		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(out, 0);
+	case ACTION_TUNNEL:
+		return to_tunnel(skb, &d->node, d->vni);
 	case ACTION_HOST:
 		return to_host(skb, p);
 	}
@@ -138,6 +184,10 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		return NOT_FAST;
 	}
 	if (unlikely(d->in != in)) {
+		*why = SLOW_ELSEWHERE;
+		return NOT_FAST;
+	}
+	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, orig ? &c->reply : &c->orig))) {
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}

@@ -85,11 +85,19 @@ static __noinline int nat_apply(struct __sk_buff *skb, const struct pkt *p, cons
 	return nat_rewrite(skb, p, false, &p->dst, p->dport, hi ? &k->hi : &k->lo, hi ? k->hi_port : k->lo_port);
 }
 
+/* ipcache_of: what is known of an address, by the longest prefix; NULL: nothing. */
+static __always_inline struct ipcache_entry *ipcache_of(const struct addr *a)
+{
+	struct ipcache_key key = { .prefixlen = 128, .addr = *a };
+
+	return bpf_map_lookup_elem(&lash_ipcache, &key);
+}
+
 /* leaves_cluster: the destination is neither inside the native routing CIDR nor
- * known as a node or as a pod somewhere. */
+ * known as a node or as a pod somewhere. In tunnel mode the network does not know
+ * pods, and other nodes expect them from the tunnel: there, nodes are outside, too. */
 static __always_inline bool leaves_cluster(const struct pkt *p, const struct addr *dst)
 {
-	struct ipcache_key key = { .prefixlen = 128, .addr = *dst };
 	struct ipcache_entry *e;
 
 	if (p->v6 ? !cfg_masquerade6 : !cfg_masquerade4)
@@ -100,8 +108,9 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 	} else if (mask_set(cfg_native4_mask) && addr_within(dst, cfg_native4_net, cfg_native4_mask)) {
 		return false;
 	}
-	e = bpf_map_lookup_elem(&lash_ipcache, &key);
-	return !e || (e->identity == IDENTITY_WORLD && addr_zero(&e->node));
+	e = ipcache_of(dst);
+	return !e || (e->identity == IDENTITY_WORLD && addr_zero(&e->node)) ||
+	       (cfg_overlay_ifindex && (e->flags & IPCACHE_PEER));
 }
 
 /* socket_has: a socket of the host owns or listens on the tuple that a reply would carry. */

@@ -133,6 +133,29 @@ static __always_inline void decide_egress(struct conn_dir *d, __u32 in, const st
 	d->deadline = ticks() + cfg_hz;
 }
 
+/* Through the tunnel. Which prefixes, and to where, the agent says: no route is asked. */
+static __always_inline void decide_tunnel(struct conn_dir *d, __u32 in, const struct addr *node, __u32 identity)
+{
+	__builtin_memset(d, 0, sizeof(*d));
+	d->in = in;
+	d->action = ACTION_TUNNEL;
+	d->out_ifindex = cfg_overlay_ifindex;
+	d->vni = identity;
+	d->node = *node;
+	d->deadline = ticks() + FOREVER;
+}
+
+/* tunnel_to: the row of a destination that is reached through the tunnel, else NULL. */
+static __always_inline struct ipcache_entry *tunnel_to(const struct addr *a)
+{
+	struct ipcache_entry *e;
+
+	if (!cfg_overlay_ifindex)
+		return NULL;
+	e = ipcache_of(a);
+	return e && (e->flags & IPCACHE_TUNNEL) ? e : NULL;
+}
+
 /* by_neighbour sends this one packet through the kernel's neighbour table, which
  * queues it while it resolves and keeps the entry checked while it is used. */
 static __always_inline int by_neighbour(struct __sk_buff *skb, const struct pkt *p, struct hop *hop)

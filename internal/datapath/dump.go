@@ -111,7 +111,7 @@ func sides(k bpf.ConnKey, c bpf.Conn) (initiator, peer netip.AddrPort) {
 }
 
 var actionNames = [...]string{
-	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour",
+	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour", bpf.ActionTunnel: "tunnel",
 }
 
 func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
@@ -155,7 +155,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 }
 
 var hookNames = [bpf.Hooks]string{
-	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock",
+	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -173,6 +173,7 @@ var dropNames = map[uint8]string{
 	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
 	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
 	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
+	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
 	bpf.DropNoEndpoint: "Endpoint program not available",
 }
 
