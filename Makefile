@@ -60,13 +60,15 @@ netns: bpf
 e2e: image
 	$(SAY) 'e2e: three nodes of real Kubernetes'
 	bin/sandbox down --name e2e
-	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e
+	trap 'bin/sandbox down --name e2e' EXIT; \
+	bin/sandbox demo --name e2e --mode native && bin/sandbox demo --name e2e --mode vxlan --switch
 
 test: lint unit netns e2e ## every layer
 	$(SAY) 'all layers passed'
 
-demo: image ## a three-node cluster on Lash, checked and left running
-	bin/sandbox demo
+MODE ?= vxlan
+demo: image ## a three-node cluster on Lash, checked and left running; MODE=native without tunnel
+	bin/sandbox demo --mode $(MODE)
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down

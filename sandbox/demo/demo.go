@@ -25,13 +25,15 @@ var workloads string
 
 // Options of Run.
 type Options struct {
-	With  string   // pod network: "lash" or "bridge"
-	Lash  string   // path of the lash program, with --with lash
-	Image string   // path of Lash's image archive, with --with lash
-	Set   []string // chart values for `lash install --set`
-	Fresh bool     // always start from an empty cluster
-	Out   io.Writer
-	Say   func(format string, args ...any)
+	With   string   // pod network: "lash" or "bridge"
+	Lash   string   // path of the lash program, with --with lash
+	Image  string   // path of Lash's image archive, with --with lash
+	Mode   string   // with "lash": one of Modes
+	Set    []string // chart values for `lash install --set`
+	Switch bool     // also pass to the other mode and back, five times under traffic
+	Fresh  bool     // always start from an empty cluster
+	Out    io.Writer
+	Say    func(format string, args ...any)
 }
 
 const (
@@ -87,8 +89,12 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 	if err != nil {
 		return 0, 0, err
 	}
-	p, f := runChecks(ctx, w.checks(o), o)
-	return p, f, nil
+	passed, failed = runChecks(ctx, w.checks(o), o)
+	if o.Switch && failed == 0 {
+		p, f := checkSwitch(ctx, w, o)
+		passed, failed = passed+p, failed+f
+	}
+	return passed, failed, nil
 }
 
 // start reuses a cluster that fits, and makes a new one otherwise.
@@ -159,7 +165,7 @@ func install(ctx context.Context, c *cluster.Cluster, o Options) error {
 	if _, err := c.Kubectl(ctx, "-n", "kube-system", "get", "ds/lash"); err == nil {
 		verb = "upgrade"
 	}
-	args := []string{verb, "--kubeconfig", c.Kubeconfig(false)}
+	args := []string{verb, "--kubeconfig", c.Kubeconfig(false), "--set", Modes[o.Mode]}
 	for _, s := range o.Set {
 		args = append(args, "--set", s)
 	}
