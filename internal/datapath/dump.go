@@ -52,7 +52,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 		columns = []string{"TUNNEL", "VALUE"}
 		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
 			if p := k.Prefix(); v.Flags&bpf.IPCacheTunnel != 0 && !p.IsSingleIP() { // single addresses are pods known better
-				add(p.Addr().String()+":0", v.Node.Addr().String()+":0")
+				add(netip.AddrPortFrom(p.Addr(), 0), netip.AddrPortFrom(v.Node.Addr(), 0))
 			}
 		})
 	case "lb":

@@ -5,6 +5,7 @@ package demo
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -187,7 +188,7 @@ func (w *world) inMode(ctx context.Context, node, mode string) error {
 	for name, list := range cidrs {
 		for _, c := range list {
 			if tunnel && name != node {
-				wantTunnels = append(wantTunnels, c.Addr().String()+":0 "+nodeAddr(name, "v4").String()+":0")
+				wantTunnels = append(wantTunnels, netip.AddrPortFrom(c.Addr(), 0).String()+" "+netip.AddrPortFrom(nodeAddr(name, "v4"), 0).String())
 			}
 		}
 	}
@@ -219,30 +220,26 @@ func same(what string, got, want []string) error {
 func (w *world) onTheWire(mode, f string) check {
 	src, near, far := w.client["n1"], w.web["n1"], w.web["n2"]
 	return check{"on the wire, " + f + ": " + map[string]string{"vxlan": "UDP 8472 only", "native": "the pods' packets"}[mode], func(ctx context.Context) error {
-		script := `tcpdump -i eth0 -n -c 200 -w /tmp/wire.pcap 'host ` + nodeAddr("n2", "v4").String() + ` and udp port 8472 or host ` + src.addrs[f].String() + `' 2>/tmp/wire.err & p=$!; sleep 3; kill $p; wait $p; ` +
-			`echo tunnel $(tcpdump -r /tmp/wire.pcap -n udp port 8472 2>/dev/null | wc -l) far $(tcpdump -r /tmp/wire.pcap -n host ` + far.addrs[f].String() + ` 2>/dev/null | wc -l) near $(tcpdump -r /tmp/wire.pcap -n host ` + near.addrs[f].String() + ` 2>/dev/null | wc -l); rm -f /tmp/wire.*`
-		type captured struct {
-			out string
-			err error
+		file := "/tmp/wire." + f
+		filter := fmt.Sprintf("host %s and udp port 8472 or host %s", nodeAddr("n2", "v4"), src.addrs[f])
+		start := fmt.Sprintf("tcpdump -U -i eth0 -n -w %s '%s' >%[1]s.log 2>&1 & echo $! >%[1]s.pid; until grep -q listening %[1]s.log; do sleep 0.1; done", file, filter)
+		if _, err := w.c.Exec(ctx, "n1", "timeout", "10", "sh", "-c", start); err != nil {
+			return err
 		}
-		done := make(chan captured, 1)
-		go func() {
-			out, err := w.c.Exec(ctx, "n1", "sh", "-c", script)
-			done <- captured{out, err}
-		}()
+		var failed error
 		for _, dst := range []pod{near, far} {
-			if _, err := w.in(ctx, src, "ping", "-n", "-c", "12", "-i", "0.2", "-W", "2", dst.addrs[f].String()); err != nil {
-				<-done
-				return err
-			}
+			_, err := w.in(ctx, src, "ping", "-n", "-c", "5", "-i", "0.2", "-W", "2", dst.addrs[f].String())
+			failed = errors.Join(failed, err)
 		}
-		c := <-done
-		if c.err != nil {
-			return c.err
+		count := func(of string) string { return fmt.Sprintf("tcpdump -r %s -n %s 2>/dev/null | wc -l; ", file, of) }
+		out, err := w.c.Exec(ctx, "n1", "sh", "-c", fmt.Sprintf("kill $(cat %s.pid); sleep 0.2; ", file)+
+			count("udp port 8472")+count("host "+far.addrs[f].String())+count("host "+near.addrs[f].String())+"rm -f "+file+"*")
+		if failed = errors.Join(failed, err); failed != nil {
+			return failed
 		}
 		var tunnel, direct, local int
-		if _, err := fmt.Sscanf(strings.TrimSpace(c.out), "tunnel %d far %d near %d", &tunnel, &direct, &local); err != nil {
-			return fmt.Errorf("capture: %q: %w", c.out, err)
+		if _, err := fmt.Sscan(out, &tunnel, &direct, &local); err != nil {
+			return fmt.Errorf("capture: %q: %w", out, err)
 		}
 		if local > 0 || (mode == "vxlan") != (tunnel > 0) || (mode == "vxlan") != (direct == 0) {
 			return fmt.Errorf("%d encapsulated packets, %d of pods to another node, %d of pods of one node", tunnel, direct, local)
