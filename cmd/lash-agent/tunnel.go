@@ -133,7 +133,7 @@ func (a *agent) mendTunnel() error {
 func (a *agent) announceTunnel(ipcache *reconcile.Loop[netip.Prefix, model.IPCacheEntry]) *state.Task {
 	return &state.Task{
 		Name:   "announce-tunnel",
-		Inputs: []state.Input{state.From(a.tables.Nodes.ToTable()), state.From(a.tables.NodeObjects.ToTable())},
+		Inputs: []state.Input{state.From(a.tables.Nodes.ToTable()), state.From(a.tables.NodeObjects.ToTable()), state.From(a.tables.TunnelPaths.ToTable())},
 		Do: func(ctx context.Context) error {
 			txn := a.tables.DB.ReadTxn()
 			own, _, ok := a.tables.NodeObjects.Get(txn, state.NodeObjectBySource(model.SourceCustomResource, a.name))
@@ -144,6 +144,11 @@ func (a *agent) announceTunnel(ipcache *reconcile.Loop[netip.Prefix, model.IPCac
 			if err := ipcache.Sync(ctx); err != nil {
 				return err
 			}
+			for p := range a.tables.TunnelPaths.All(a.tables.DB.ReadTxn()) {
+				if a.nodeCfg.Tunnel == "" && p.Marked {
+					return nil
+				}
+			}
 			if err := a.api.AnnounceTunnel(ctx, a.name, a.nodeCfg.Tunnel); err != nil {
 				return err
 			}
@@ -151,6 +156,92 @@ func (a *agent) announceTunnel(ipcache *reconcile.Loop[netip.Prefix, model.IPCac
 			return nil
 		},
 	}
+}
+
+// recorded is a target that notes in tunnel-paths what it has: there, and not where it is wanted, the other target's
+// loop sees how far this one is.
+type recorded[V any] struct {
+	reconcile.Target[netip.Prefix, V]
+	tables *state.Tables
+	set    func(*state.TunnelPath, V)
+	done   func(statedb.WriteTxn) // of the first List; nil after it
+}
+
+// record announces that tunnel-paths is complete only when the target has been listed.
+func record[V any](tables *state.Tables, target reconcile.Target[netip.Prefix, V], set func(*state.TunnelPath, V)) *recorded[V] {
+	txn := tables.DB.WriteTxn(tables.TunnelPaths)
+	defer txn.Commit()
+	var v V
+	return &recorded[V]{target, tables, set, tables.TunnelPaths.RegisterInitializer(txn, fmt.Sprintf("list of %T", v))}
+}
+
+// note writes rows; those that are not in it are as if the target had the zero V if all is true.
+func (r *recorded[V]) note(rows map[netip.Prefix]V, all bool) error {
+	txn := r.tables.DB.WriteTxn(r.tables.TunnelPaths)
+	defer txn.Abort()
+	paths := map[netip.Prefix]V{}
+	if all {
+		var none V
+		for p := range r.tables.TunnelPaths.All(txn) {
+			paths[p.Prefix] = none
+		}
+	}
+	for p, v := range rows {
+		if !p.IsSingleIP() && p.Bits() > 0 {
+			paths[p] = v
+		}
+	}
+	changed := all && r.done != nil
+	for p, v := range paths {
+		before, _, _ := r.tables.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
+		after := before
+		after.Prefix = p
+		r.set(&after, v)
+		if after == before {
+			continue
+		}
+		changed = true
+		var err error
+		if after.Marked || after.Routed {
+			_, _, err = r.tables.TunnelPaths.Insert(txn, after)
+		} else {
+			_, _, err = r.tables.TunnelPaths.Delete(txn, after)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if all && r.done != nil {
+		r.done(txn)
+		r.done = nil
+	}
+	if changed {
+		txn.Commit()
+	}
+	return nil
+}
+
+func (r *recorded[V]) List(ctx context.Context) (map[netip.Prefix]V, error) {
+	rows, err := r.Target.List(ctx)
+	if err == nil {
+		err = r.note(rows, true)
+	}
+	return rows, err
+}
+
+func (r *recorded[V]) Put(ctx context.Context, p netip.Prefix, v V) error {
+	if err := r.Target.Put(ctx, p, v); err != nil {
+		return err
+	}
+	return r.note(map[netip.Prefix]V{p: v}, false)
+}
+
+func (r *recorded[V]) Delete(ctx context.Context, p netip.Prefix) error {
+	if err := r.Target.Delete(ctx, p); err != nil {
+		return err
+	}
+	var none V
+	return r.note(map[netip.Prefix]V{p: none}, false)
 }
 
 // desiredIPCache is what the ipcache is to hold.

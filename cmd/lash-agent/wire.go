@@ -148,8 +148,10 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Name: "datapath-endpoints", Target: a.dp.Endpoints(), Desired: node.DesiredLocalAddrs(a.tables, a.nodeCfg),
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
 	})
+	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
+	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = v.Dev == netdev.HostDevice })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: a.dp.IPCache(), Desired: a.desiredIPCache(),
+		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
 		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{
@@ -157,7 +159,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Equal: datapath.SameDevice, Written: raise("devices"), Report: a.tables.Report, Log: log,
 	})
 	routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
-		Name: "node-routes", Target: a.host.Routes(), Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
+		Name: "node-routes", Target: ways, Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
 		Equal: reconcile.Comparable[model.Route], Compare: netdev.CompareRoutes, Written: raise("routes"), Report: a.tables.Report, Log: log,
 		Throttle: rowThrottle,
 	})

@@ -14,8 +14,8 @@ import (
 // Routes returns the wanted routes, sorted, and what a person should know about them: to this node's pods by the host
 // device; to each other node's pods by the host device too, if packets to them are encapsulated, for what the node
 // itself sends; else, with automatic direct routes, by that node's address, if it is on a subnet that a device of this
-// node is connected to.
-func Routes(cfg Config, nodes []model.Node, devices []model.Device) ([]state.Route, []state.Warning) {
+// node is connected to. Only pod CIDRs that are marked are routed to the host device: the programs encapsulate first.
+func Routes(cfg Config, nodes []model.Node, devices []model.Device, marked func(netip.Prefix) bool) ([]state.Route, []state.Warning) {
 	rows := map[netip.Prefix]model.Route{}
 	var warnings []state.Warning
 	warn := func(key, format string, args ...any) {
@@ -53,7 +53,7 @@ func Routes(cfg Config, nodes []model.Node, devices []model.Device) ([]state.Rou
 			if _, taken := rows[c.Masked()]; taken {
 				continue // overlaps says so
 			}
-			if tunnel {
+			if tunnel && marked(c.Masked()) {
 				if i := slices.IndexFunc(local.Routers, func(r netip.Addr) bool { return r.Is4() == c.Addr().Is4() }); i >= 0 {
 					rows[c.Masked()] = byHost(cfg, local.Routers[i], local.RouteMTU)
 				}

@@ -4,7 +4,9 @@ package node
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/cilium/statedb"
 
@@ -65,7 +67,8 @@ func WantsTunnel(cfg Config, nodes []model.Node) bool {
 
 // Overlay says of each row whose prefix another node has whether packets to it are encapsulated, and to which of the
 // node's addresses, and, where there is a tunnel, marks the addresses of other nodes themselves: these may encapsulate.
-func Overlay(cfg Config, nodes []model.Node, devices []model.Device, rows map[netip.Prefix]model.IPCacheEntry) {
+// A pod CIDR that is still routed to the host device stays marked: the way around the tunnel comes first.
+func Overlay(cfg Config, nodes []model.Node, devices []model.Device, routed func(netip.Prefix) bool, rows map[netip.Prefix]model.IPCacheEntry) {
 	device := WantsTunnel(cfg, nodes)
 	owner := map[netip.Addr]model.Node{}
 	for _, n := range nodes {
@@ -85,7 +88,12 @@ func Overlay(cfg Config, nodes []model.Node, devices []model.Device, rows map[ne
 		if !ok {
 			continue
 		}
-		if to, ok := tunnelTo(cfg, peer, devices, p.Addr()); ok {
+		to, ok := tunnelTo(cfg, peer, devices, p.Addr())
+		if i := slices.IndexFunc(peer.PodCIDRs, func(c netip.Prefix) bool { return c.Contains(p.Addr()) }); !ok && i >= 0 {
+			to = underlay(cfg, peer)
+			ok = to.IsValid() && routed(peer.PodCIDRs[i].Masked())
+		}
+		if ok {
 			row.Node, row.Tunnel = to, true
 			rows[p] = row
 		}
@@ -95,10 +103,16 @@ func Overlay(cfg Config, nodes []model.Node, devices []model.Device, rows map[ne
 // DesiredIPCache is the Desired function of the loop over the ipcache: rows, which reads the inputs, and what Overlay
 // says of them.
 func DesiredIPCache(t *state.Tables, cfg Config, rows func(statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry, inputs ...state.Input) func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
-	inputs = append(inputs, state.From(t.Nodes), state.From(t.Devices))
+	inputs = append(inputs, state.From(t.Nodes), state.From(t.Devices), state.From(t.TunnelPaths))
 	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
 		r := rows(txn)
-		Overlay(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), r)
+		if read, _ := t.TunnelPaths.Initialized(txn); !read { // how packets to other nodes' pods go now is not known yet
+			maps.DeleteFunc(r, func(_ netip.Prefix, row model.IPCacheEntry) bool { return row.Node.IsValid() })
+		}
+		Overlay(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), func(p netip.Prefix) bool {
+			path, _, _ := t.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
+			return path.Routed
+		}, r)
 		return r
 	})
 }

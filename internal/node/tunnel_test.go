@@ -82,7 +82,7 @@ func ipcacheOf(cfg Config, nodes []model.Node, devices []model.Device) map[netip
 	for _, r := range IPCache(cfg, nodes, devices, nil) {
 		rows[r.Prefix] = r.IPCacheEntry
 	}
-	Overlay(cfg, nodes, devices, rows)
+	Overlay(cfg, nodes, devices, never, rows)
 	return rows
 }
 
@@ -111,7 +111,7 @@ func TestRoutesOfEachModeHaveTheShapeOfTheSeeds(t *testing.T) {
 		},
 	} {
 		cfg.Tunnel = mode
-		rows, warnings := Routes(cfg, nodes, devices)
+		rows, warnings := Routes(cfg, nodes, devices, always)
 		if diff := cmp.Diff(want, routeLines(rows)); diff != "" || len(warnings) > 0 {
 			t.Errorf("mode %q (-want +got):\n%s%v", mode, diff, warnings)
 		}
@@ -131,7 +131,7 @@ func TestTunnelCarriesBothFamiliesOverEither(t *testing.T) {
 	}
 	for _, v6 := range []bool{false, true} {
 		cfg.UnderlayIPv6 = v6
-		rows, warnings := Routes(cfg, nodes, devices)
+		rows, warnings := Routes(cfg, nodes, devices, always)
 		if diff := cmp.Diff(want, routeLines(rows)); diff != "" || len(warnings) > 0 {
 			t.Errorf("(-want +got):\n%s%v", diff, warnings)
 		}
@@ -181,7 +181,7 @@ func TestNobodyIsSentWhatItDoesNotTake(t *testing.T) {
 					t.Errorf("%s: peer %v", p, peer)
 				}
 			}
-			routes, warnings := Routes(cfg, nodes, devices)
+			routes, warnings := Routes(cfg, nodes, devices, always)
 			for _, r := range routes {
 				if r.Dev == cfg.HostDevice && !nodes[0].PodCIDRs[0].Contains(r.Dst.Addr()) {
 					routed = append(routed, r.Dst.String())
@@ -208,7 +208,7 @@ func TestHybridDecidesForEachFamily(t *testing.T) {
 	cfg, nodes, devices := tunnelled()
 	cfg.Hybrid = true
 	devices[0].Addrs = prefixes("172.18.0.1/16", "fd18::1/128") // n2 is on the same link by IPv4 only
-	rows, warnings := Routes(cfg, nodes[:2], devices)
+	rows, warnings := Routes(cfg, nodes[:2], devices, always)
 	want := []string{
 		"10.0.1.0/24 via 10.0.1.1 dev lash_host src 10.0.1.1", "10.0.1.1 dev lash_host scope link", "10.0.2.0/24 via 172.18.0.2 dev eth0",
 		"fd00::100/120 dev lash_host src fd00::101", "fd00::101 dev lash_host", "fd00::200/120 dev lash_host src fd00::101 mtu 1450",
@@ -221,7 +221,7 @@ func TestHybridDecidesForEachFamily(t *testing.T) {
 func TestPeerWithoutAddressOfTheUnderlayIsNamed(t *testing.T) {
 	cfg, nodes, devices := tunnelled()
 	cfg.UnderlayIPv6, cfg.SkipUnreachable = true, true
-	_, warnings := Routes(cfg, nodes, devices)
+	_, warnings := Routes(cfg, nodes, devices, always)
 	if len(warnings) != 2 || !strings.Contains(warnings[0].Text, "of node n3 are not encapsulated: it has no InternalIP of the family of underlay-protocol") {
 		t.Errorf("got %v", warnings)
 	}
@@ -230,7 +230,7 @@ func TestPeerWithoutAddressOfTheUnderlayIsNamed(t *testing.T) {
 func TestNativeCIDRSaysNothingOfWhatIsEncapsulated(t *testing.T) {
 	cfg, nodes, devices := tunnelled()
 	cfg.NativeCIDR4 = netip.MustParsePrefix("10.0.1.0/24")
-	if _, warnings := Routes(cfg, nodes, devices); len(warnings) != 0 {
+	if _, warnings := Routes(cfg, nodes, devices, always); len(warnings) != 0 {
 		t.Errorf("got %v", warnings)
 	}
 }
@@ -269,6 +269,9 @@ func TestShuffledChangesOfModeConverge(t *testing.T) {
 		state.Insert(tables.DB, tables.Devices, devices...)
 		state.Insert(tables.DB, tables.Local, nodes[0])
 
+		for i := range 6 { // as if the kernel had every row marked: the order is tested where the loops are
+			state.Insert(tables.DB, tables.TunnelPaths, state.TunnelPath{Prefix: netip.MustParsePrefix(fmt.Sprintf("10.0.%d.0/24", 10+i)), Marked: true})
+		}
 		final := map[string]string{} // what each announces in the end
 		rng := rand.New(rand.NewPCG(seed, 7))
 		write := func(i int, tunnel string) {
