@@ -79,7 +79,7 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	}
 	d = orig ? &c->orig : &c->reply;
 	conn_see(c, d, p, orig, skb->len, ticks());
-	count(HOOK_OVERLAY, why, skb->len);
+	count(HOOK_OVERLAY, p->ttl <= 1 && (forth->flags & DIR_TTL) ? SLOW_TTL : why, skb->len);
 	dir_publish(d, forth, epoch);
 	/* The answer goes back to the node that this came from, while the ipcache agrees. */
 	if (!(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
@@ -88,12 +88,10 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 		if (e && addr_equal(&e->node, &node))
 			dir_publish(orig ? &c->reply : &c->orig, back, epoch);
 	}
-	if (p->ttl <= 1 && (forth->flags & DIR_TTL)) {
-		count(HOOK_OVERLAY, SLOW_TTL, skb->len);
+	if (p->ttl <= 1 && (forth->flags & DIR_TTL))
 		action = to_host(skb, p);
-	} else {
+	else
 		action = carry_out(skb, p, HOOK_OVERLAY, c, forth, &scratch->key);
-	}
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 

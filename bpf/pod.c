@@ -35,7 +35,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 {
 	__u32 in = skb->ifindex;
 	struct device *dev;
-	int action;
+	int action, err;
 
 	action = route(skb, p, false, &plan->hop, &plan->why);
 	if (action < 0)
@@ -55,41 +55,22 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		decide_stack(&plan->forth, in, ACTION_HOST, cfg_hz);
 		return ACTION_HOST;
 	}
-	if (orig) {
-		int err = masquerade(skb, p, k, c, dev);
-
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p);
 		if (err)
 			return err;
 	}
-	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
+	if (p->flags & PKT_TRANSLATED)
+		orig = false;
+	if (orig) {
+		err = masquerade(skb, p, k, c, dev);
+		if (err)
+			return err;
+	}
+	decide_egress(&plan->forth, in, &plan->hop, orig && (c->flags & CONN_NAT) ? DIR_TO_NAT : 0);
 	/* The answer comes in by the network and goes straight into this pod. */
 	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0));
 	return action;
-}
-
-/* A pod's report about what reached it by way of a masqueraded connection. */
-static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
-{
-	__u32 zero = 0;
-	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key *k;
-	struct inner *in;
-	struct conn *c;
-	bool from_hi;
-	int err;
-
-	if (!scratch)
-		return DROP(p, DROP_CT_INVALID);
-	k = &scratch->nat_key;
-	in = (struct inner *)scratch->inner;
-	err = inner_parse(skb, p, in);
-	if (err)
-		return err;
-	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
-	c = bpf_map_lookup_elem(&lash_conn, k);
-	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
-		return 0;
-	return icmp_translate(skb, p, in, false, &c->nat_addr, c->nat_port);
 }
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
@@ -103,7 +84,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_dir *d;
 	struct conn *c;
 	struct ipcache_entry *remote;
-	bool from_hi, orig;
+	bool from_hi, orig, exceeds;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
 
@@ -123,11 +104,6 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		return DROP(p, DROP_INVALID_SOURCE);
 	if (p->flags & PKT_FRAGMENT) {
 		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-	if ((p->flags & PKT_ICMP_ERROR) && !(p->flags & PKT_LATER)) {
-		err = translate_report(skb, p);
 		if (err)
 			return err;
 	}
@@ -165,14 +141,18 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			return action;
 	}
 	d = orig ? &c->orig : &c->reply;
+	/* What the stack answers better: time exceeded, fragmentation needed. */
+	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
+	if (exceeds)
+		plan->why = p->ttl <= 1 ? SLOW_TTL : SLOW_MTU;
+	else if (action == ACTION_NEIGH)
+		plan->why = SLOW_NEIGHBOUR;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_POD, plan->why, skb->len);
 
 	/* A neighbour that is not known is found by the packet itself, and one that is
 	 * known is checked again each time the route is. Neither is remembered half. */
-	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
-		if (p->ttl <= 1 || too_big(skb, p, plan->hop.mtu ?: 0xffff))
-			return to_host(skb, p);
+	if (!exceeds && (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE))) {
 		if (action == ACTION_EGRESS)
 			dir_publish(d, &plan->forth, epoch);
 		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
@@ -180,13 +160,13 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		err = by_neighbour(skb, p, &plan->hop);
 		return err == -1 ? DROP(p, DROP_WRITE) : err;
 	}
-	dir_publish(d, &plan->forth, epoch);
-	if (plan->back.action && !(p->flags & PKT_ICMP_ERROR))
-		dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
-	/* What the stack answers better: time exceeded, fragmentation needed. */
-	if (action != ACTION_HOST &&
-	    ((p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu)))) {
-		count(HOOK_POD, p->ttl <= 1 ? SLOW_TTL : SLOW_MTU, skb->len);
+	/* An ICMP error goes its own way, which is not that of what else has its key. */
+	if (!(p->flags & PKT_ICMP_ERROR) && action != ACTION_NEIGH) {
+		dir_publish(d, &plan->forth, epoch);
+		if (plan->back.action)
+			dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
+	}
+	if (exceeds) {
 		action = to_host(skb, p);
 		return action == -1 ? DROP(p, DROP_WRITE) : action;
 	}
@@ -224,7 +204,11 @@ int from_container(struct __sk_buff *skb)
 	struct pkt p, *slow;
 	int verdict;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+	/* The kernel has taken the tag off and would put it on again where the packet leaves. */
+	if (unlikely(skb->vlan_present)) {
+		__builtin_memset(&p, 0, sizeof(p));
+		verdict = DROP(&p, DROP_VLAN);
+	} else if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		verdict = parse(skb, &p, false);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		verdict = parse(skb, &p, true);

@@ -253,6 +253,7 @@ const (
 	DropNoFragment      = 175
 	DropICMPv6          = 176
 	DropUnsupportedL2   = 166
+	DropVLAN            = 182
 	DropNoEndpoint      = 203
 )
 

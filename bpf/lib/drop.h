@@ -27,6 +27,7 @@ enum drop_reason {
 	DROP_NO_FRAGMENT     = 175, /* First logical datagram fragment not found */
 	DROP_ICMPV6          = 176, /* Forbidden ICMPv6 message */
 	DROP_UNSUPPORTED_L2  = 166, /* Unsupported L2 protocol */
+	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
 };
 

@@ -34,6 +34,8 @@ static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
 		return 0;
 	if (p->v6) {
 		((struct ipv6hdr *)(data + ETH_HLEN))->hop_limit--;
+		/* No checksum of IPv6 makes up for it: where the device has summed the packet, its sum follows. */
+		bpf_csum_update(skb, ~(__u32)bpf_htons(1));
 	} else {
 		struct iphdr *ip = data + ETH_HLEN;
 		__u32 sum = (__u32)ip->check + bpf_htons(0x0100);
@@ -196,7 +198,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_DEADLINE;
 		return NOT_FAST;
 	}
-	if (unlikely((p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN && conn_closed(c))) {
+	if (unlikely(tcp_opens(p) && conn_closed(c))) {
 		*why = SLOW_REOPENED;
 		return NOT_FAST;
 	}

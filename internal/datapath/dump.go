@@ -174,7 +174,7 @@ var dropNames = map[uint8]string{
 	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
 	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
 	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
-	bpf.DropNoEndpoint: "Endpoint program not available",
+	bpf.DropVLAN: "VLAN traffic disallowed by VLAN filter", bpf.DropNoEndpoint: "Endpoint program not available",
 }
 
 // DropName is the text of a drop reason, as the field's tools print it.
