@@ -27,6 +27,9 @@ what pods expect of their network. Prints a line for each check; the last line i
 			if demo.Modes[o.Mode] == "" {
 				return fmt.Errorf("--mode %q: use vxlan or native", o.Mode)
 			}
+			if (o.Resilience || o.Switch) && o.With != "lash" {
+				return fmt.Errorf("--resilience and --switch go with --with lash only")
+			}
 			err := demo.Run(cmd.Context(), a.name, o)
 			if errors.Is(err, demo.ErrFailed) {
 				return ExitStatus(1)
@@ -41,5 +44,6 @@ what pods expect of their network. Prints a line for each check; the last line i
 	cmd.Flags().StringVar(&o.Image, "image", "dist/lash.oci.tar", "path of Lash's image archive")
 	cmd.Flags().StringArrayVar(&o.Set, "set", nil, "chart value KEY=VALUE for the installation; may be repeated")
 	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
+	cmd.Flags().BoolVar(&o.Resilience, "resilience", false, "also kill, remove and restart agents, nodes and the API server while pods talk (four minutes)")
 	root.AddCommand(cmd)
 }

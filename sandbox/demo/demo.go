@@ -25,15 +25,17 @@ var workloads string
 
 // Options of Run.
 type Options struct {
-	With   string   // pod network: "lash" or "bridge"
-	Lash   string   // path of the lash program, with --with lash
-	Image  string   // path of Lash's image archive, with --with lash
-	Mode   string   // with "lash": one of Modes
-	Set    []string // chart values for `lash install --set`
-	Switch bool     // also pass to the other mode and back, five times under traffic
-	Fresh  bool     // always start from an empty cluster
-	Out    io.Writer
-	Say    func(format string, args ...any)
+	With  string   // pod network: "lash" or "bridge"
+	Lash  string   // path of the lash program, with --with lash
+	Image string   // path of Lash's image archive, with --with lash
+	Mode  string   // with "lash": one of Modes
+	Set   []string // chart values for `lash install --set`
+	Fresh bool     // always start from an empty cluster
+	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
+	Resilience bool
+	Switch     bool // also pass to the other mode and back, five times under traffic
+	Out        io.Writer
+	Say        func(format string, args ...any)
 }
 
 const (
@@ -64,6 +66,7 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 	if err != nil {
 		return 0, 0, err
 	}
+	defer c.Unlock()
 	if o.With == "lash" {
 		if err := install(ctx, c, o); err != nil {
 			return 0, 0, err
@@ -90,14 +93,22 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 		return 0, 0, err
 	}
 	passed, failed = runChecks(ctx, w.checks(o), o)
+	if o.Resilience && failed == 0 {
+		o.Say("resilience: agents, nodes and the API server go away while pods talk")
+		p, f := checkResilience(ctx, w, o)
+		passed, failed = passed+p, failed+f
+	}
 	if o.Switch && failed == 0 {
+		if w, err = look(ctx, c); err != nil { // nodes may have been replaced
+			return passed, failed, err
+		}
 		p, f := checkSwitch(ctx, w, o)
 		passed, failed = passed+p, failed+f
 	}
 	return passed, failed, nil
 }
 
-// start reuses a cluster that fits, and makes a new one otherwise.
+// start reuses a cluster that fits, and makes a new one otherwise. It is locked.
 func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error) {
 	opts := cluster.Options{Nodes: nodes, Proxy: "none", CNI: "none", DNS: 2}
 	if o.With == "bridge" {
@@ -105,12 +116,17 @@ func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error
 	}
 	c, err := cluster.Open(name, o.Say)
 	if err == nil {
+		if err := c.TryLock(); err != nil {
+			return nil, err
+		}
 		if why := misfit(ctx, c, opts); why != "" || o.Fresh {
 			if why == "" {
 				why = "a fresh one was asked for"
 			}
 			o.Say("a cluster %q is up, but %s: making a new one", name, why)
-			if err := c.Down(ctx); err != nil {
+			err := c.Down(ctx)
+			c.Unlock()
+			if err != nil {
 				return nil, err
 			}
 		} else {
@@ -128,7 +144,10 @@ func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error
 		o.Say("interrupted: cleaning up")
 		return nil, errors.Join(errors.New("interrupted"), c.Down(context.WithoutCancel(ctx)))
 	}
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	return c, c.TryLock()
 }
 
 func misfit(ctx context.Context, c *cluster.Cluster, o cluster.Options) string {
@@ -211,7 +230,7 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 		slots <- struct{}{}
 		go func() {
 			defer func() { <-slots; wg.Done() }()
-			errs[i] = retry(ctx, ch.do)
+			errs[i] = until(ctx, patience, ch.do)
 			mu.Lock()
 			defer mu.Unlock()
 			if errs[i] != nil {
@@ -227,8 +246,9 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 	return passed, failed
 }
 
-func retry(ctx context.Context, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// until repeats do until it succeeds, and returns its last error when the time is over.
+func until(ctx context.Context, limit time.Duration, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	pause := 100 * time.Millisecond
 	var last error
@@ -242,7 +262,7 @@ func retry(ctx context.Context, do func(context.Context) error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return last
+			return fmt.Errorf("after %s: %w", limit, last)
 		case <-time.After(pause):
 			pause = min(2*pause, 2*time.Second)
 		}

@@ -295,7 +295,7 @@ func (w *world) switchTo(ctx context.Context, o Options, set, mode string) error
 		return err
 	}
 	for _, n := range w.c.Nodes {
-		if err := retry(ctx, func(ctx context.Context) error { return w.inMode(ctx, n, mode) }); err != nil {
+		if err := until(ctx, patience, func(ctx context.Context) error { return w.inMode(ctx, n, mode) }); err != nil {
 			return fmt.Errorf("%s: %w", n, err)
 		}
 	}
