@@ -69,15 +69,17 @@ netns: bpf
 	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
 
 e2e: image
-	$(SAY) 'e2e: three nodes of real Kubernetes; then resilience: agents, nodes and the API server go away while pods talk'
+	$(SAY) 'e2e: three nodes of real Kubernetes; natively routed, then by the tunnel: resilience, changes of mode'
 	bin/sandbox down --name e2e
-	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e --resilience
+	trap 'bin/sandbox down --name e2e' EXIT; \
+	bin/sandbox demo --name e2e --mode native && bin/sandbox demo --name e2e --mode vxlan --resilience --switch
 
 test: lint unit packet netns e2e ## every layer
 	$(SAY) 'all layers passed'
 
-demo: image ## a three-node cluster on Lash, checked and left running
-	bin/sandbox demo
+MODE ?= vxlan
+demo: image ## a three-node cluster on Lash, checked and left running; MODE=native without tunnel
+	bin/sandbox demo --mode $(MODE)
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down

@@ -58,6 +58,7 @@ type agent struct {
 	kinds      []string                         // API kinds that are watched
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
+	tunnel     tunnelDevice
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs
@@ -161,8 +162,10 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Name: "datapath-endpoints", Target: a.dp.Endpoints(), Desired: node.DesiredLocalAddrs(a.tables, a.nodeCfg),
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
 	})
+	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
+	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = v.Dev == netdev.HostDevice })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: a.dp.IPCache(), Desired: state.Desired(a.tables.DB, a.tables.IPCache.ToTable(), state.IPCache.Split),
+		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
 		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{
@@ -170,7 +173,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Equal: datapath.SameDevice, Written: raise("devices"), Report: a.tables.Report, Log: log,
 	})
 	routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
-		Name: "node-routes", Target: a.host.Routes(), Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
+		Name: "node-routes", Target: ways, Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
 		Equal: reconcile.Comparable[model.Route], Compare: netdev.CompareRoutes, Written: raise("routes"), Report: a.tables.Report, Log: log,
 		Throttle: rowThrottle,
 	})
@@ -202,6 +205,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
+	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
 	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })
 
@@ -213,6 +217,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		return g.stop(err)
 	}
 	a.task(g, a.markNode())
+	a.task(g, a.announceTunnel(ipcache))
 	if cfg.UnmanagedPodWatcherPeriod > 0 {
 		a.task(g, a.unmanagedPods())
 	}
@@ -221,7 +226,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 
 // nodeConfig is what the stages of package node need of the configuration.
 func nodeConfig(cfg *config.Config, name string) node.Config {
+	tunnel := ""
+	if cfg.Tunnel() {
+		tunnel = fmt.Sprintf("%s:%d", cfg.TunnelProtocol, cfg.TunnelUDPPort())
+	}
 	return node.Config{
+		Tunnel: tunnel, Hybrid: cfg.RoutingMode == "hybrid", UnderlayIPv6: cfg.UnderlayIPv6(),
 		Name: name, IPAM: cfg.IPAM, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6,
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
@@ -264,6 +274,11 @@ func (a *agent) attachNode(ctx context.Context, base netdev.Base, devices *recon
 	}
 	if err := a.dp.AttachHost(base.HostIfindex, netdev.HostDevice); err != nil {
 		return fmt.Errorf("attach programs to %s: %w", netdev.HostDevice, err)
+	}
+	if a.cfg.Tunnel() {
+		if err := a.mendTunnel(); err != nil {
+			return err
+		}
 	}
 	for _, d := range state.Rows(a.tables.DB.ReadTxn(), a.tables.Devices) {
 		if err := a.dp.AttachDevice(d.Ifindex, d.Name); err != nil {

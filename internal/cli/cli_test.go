@@ -183,7 +183,7 @@ func TestCommandsAskTheSocket(t *testing.T) {
 		"endpoint get 8": "no such thing", "endpoint get x": "must be a number from 1 to 65535", "endpoint get 0": "must be a number", "endpoint get": "accepts 1 arg(s)",
 		"db show a/b": "must be one of those 'lash db list' shows", "db show none": "no such thing", "status -o yaml": "must be json", "status --why --brief": "none of the others can be",
 		"bpf foo": "it has ct, device, endpoint", "sttus": "Did you mean this?\n\tstatus", "status --wyh": "unknown flag: --wyh; 'lash status --help'", "status extra": "unknown command",
-		"upgrade --version 9.9": "brings version 0.1.0", "install --set tunnel=vxlan": "not supported by this version", "install --set a=1": "unknown value", "install -f /none.yaml": "/none.yaml",
+		"upgrade --version 9.9": "brings version 0.1.0", "install --set tunnel=gre": "must be disabled, vxlan or geneve", "install --set a=1": "unknown value", "install -f /none.yaml": "/none.yaml",
 		"status --kubeconfig /none": "--kubeconfig: stat /none",
 	} {
 		code, _, errOut := run(t, append(strings.Fields(args), "--socket", socket)...)

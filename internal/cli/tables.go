@@ -231,6 +231,7 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"device", "Devices of pods and of the node"},
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
+		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
 		{"lb", "Services and their backends"},
 		{"nat", "Translated connections"},
 		{"socket", "Sockets that asked for a service, and the backend they got"},

@@ -15,13 +15,16 @@ type Config struct {
 	// Address families and routing.
 	EnableIPv4                bool           `key:"enable-ipv4" default:"true" section:"Routing" doc:"Give pods IPv4 addresses and forward IPv4."`
 	EnableIPv6                bool           `key:"enable-ipv6" default:"false" section:"Routing" doc:"Give pods IPv6 addresses and forward IPv6. The nodes need IPv6 addresses; 'lash install' turns it on when they have them."`
-	RoutingMode               string         `key:"routing-mode" default:"native" one-of:"native" section:"Routing" doc:"How packets reach pods on other nodes. native: the network or routes on the nodes carry pod addresses."`
-	AutoDirectNodeRoutes      bool           `key:"auto-direct-node-routes" default:"true" section:"Routing" doc:"Install one route a node to the pod CIDRs of every node on the same link."`
+	RoutingMode               string         `key:"routing-mode" default:"tunnel" one-of:"native,tunnel,hybrid" section:"Routing" doc:"How packets reach pods on other nodes. tunnel: encapsulated; the network needs to know the nodes only. native: the network or routes on the nodes carry pod addresses. hybrid: native to nodes on the same link, tunnel to the others. While nodes differ, each encapsulates to those only that announce the tunnel."`
+	TunnelProtocol            string         `key:"tunnel-protocol" default:"vxlan" one-of:"vxlan,geneve" section:"Routing" doc:"Encapsulation between nodes."`
+	TunnelPort                int            `key:"tunnel-port" default:"0" section:"Routing" doc:"UDP port of the tunnel. 0: 8472 for vxlan, 6081 for geneve."`
+	UnderlayProtocol          string         `key:"underlay-protocol" default:"auto" one-of:"auto,ipv4,ipv6" section:"Routing" doc:"Family of the nodes' addresses between which the tunnel runs; either carries both families of pods. auto: IPv4 if enable-ipv4, else IPv6."`
+	AutoDirectNodeRoutes      bool           `key:"auto-direct-node-routes" default:"true" section:"Routing" doc:"Install one route a node to the pod CIDRs of every node on the same link that packets are not encapsulated to."`
 	DirectRoutingSkipUnreach  bool           `key:"direct-routing-skip-unreachable" default:"false" section:"Routing" doc:"Say nothing about nodes that are not on the same link; otherwise each is an error in 'lash status'."`
-	IPv4NativeRoutingCIDR     netip.Prefix   `key:"ipv4-native-routing-cidr" default:"" section:"Routing" doc:"IPv4 destinations the network routes without translation; packets to them are never masqueraded. Empty: the IPv4 pod CIDRs of the cluster."`
+	IPv4NativeRoutingCIDR     netip.Prefix   `key:"ipv4-native-routing-cidr" default:"" section:"Routing" doc:"IPv4 destinations the network routes without translation; packets to them are never masqueraded, and neither are those to pods of other nodes that are encapsulated. Empty: the IPv4 pod CIDRs of the cluster."`
 	IPv6NativeRoutingCIDR     netip.Prefix   `key:"ipv6-native-routing-cidr" default:"" section:"Routing" doc:"The same for IPv6."`
 	EnableHostLegacyRouting   bool           `key:"enable-host-legacy-routing" default:"false" section:"Routing" doc:"Send packets through the host's IP stack and netfilter even where BPF host routing is possible."`
-	MTU                       int            `key:"mtu" default:"0" section:"Routing" doc:"MTU of pod interfaces and routes in bytes. 0: the smallest MTU of the detected devices."`
+	MTU                       int            `key:"mtu" default:"0" section:"Routing" doc:"MTU of pod interfaces in bytes; routes over the tunnel have that much less that the encapsulation takes: 50 over IPv4, 70 over IPv6. 0: the smallest MTU of the detected devices."`
 	Devices                   []string       `key:"devices" default:"" section:"Routing" doc:"Network devices that carry traffic of the cluster and to the outside, separated by commas; a trailing + matches a prefix. Empty: detected from the routing table."`
 	DirectRoutingDevice       string         `key:"direct-routing-device" default:"" section:"Routing" doc:"The device on which nodes reach each other. Empty: the one that has the node's InternalIP."`
 	EnableIPv4Masquerade      bool           `key:"enable-ipv4-masquerade" default:"true" section:"Masquerading" doc:"Give IPv4 packets that leave the cluster the address of the node."`
@@ -118,6 +121,39 @@ func (c *Config) Get(key string) (string, bool) {
 		return "", false
 	}
 	return o.get(c), true
+}
+
+// Encapsulation overheads in bytes: outer IP, UDP and VXLAN or Geneve headers, and the inner Ethernet header.
+const (
+	overheadIPv4 = 20 + 8 + 8 + 14
+	overheadIPv6 = 40 + 8 + 8 + 14
+)
+
+// Tunnel reports whether this node encapsulates packets to other nodes' pods, if to all of them or not.
+func (c *Config) Tunnel() bool { return c.RoutingMode != "native" }
+
+// TunnelUDPPort is the UDP port of the tunnel.
+func (c *Config) TunnelUDPPort() uint16 {
+	switch {
+	case c.TunnelPort != 0:
+		return uint16(c.TunnelPort)
+	case c.TunnelProtocol == "geneve":
+		return 6081
+	}
+	return 8472
+}
+
+// UnderlayIPv6 reports whether the tunnel runs between the nodes' IPv6 addresses.
+func (c *Config) UnderlayIPv6() bool {
+	return c.UnderlayProtocol == "ipv6" || c.UnderlayProtocol == "auto" && !c.EnableIPv4
+}
+
+// TunnelOverhead is how many bytes of the MTU of the nodes' network the tunnel takes.
+func (c *Config) TunnelOverhead() int {
+	if c.UnderlayIPv6() {
+		return overheadIPv6
+	}
+	return overheadIPv4
 }
 
 // MasqueradeExclusion returns the destinations that are not masqueraded: the native routing CIDR of the family if

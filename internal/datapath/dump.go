@@ -15,7 +15,7 @@ import (
 )
 
 // Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache",
-// "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
+// "tunnel", "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -62,6 +62,13 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			}
 			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
+	case "tunnel":
+		columns = []string{"TUNNEL", "VALUE"}
+		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
+			if p := k.Prefix(); v.Flags&bpf.IPCacheTunnel != 0 && !p.IsSingleIP() { // single addresses are pods known better
+				add(netip.AddrPortFrom(p.Addr(), 0), netip.AddrPortFrom(v.Node.Addr(), 0))
+			}
+		})
 	case "lb":
 		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
 		slots := map[bpf.BackendKey]bpf.Backend{}
@@ -103,7 +110,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket, tunnel", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err

@@ -196,6 +196,22 @@ func (c *Client) PublishNode(ctx context.Context, n PublishedNode) error {
 	return nil
 }
 
+// AnnounceTunnel sets v2.TunnelAnnotation of the CiliumNode, or removes it if tunnel is empty.
+func (c *Client) AnnounceTunnel(ctx context.Context, name, tunnel string) error {
+	var value any
+	if tunnel != "" {
+		value = tunnel
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{v2.TunnelAnnotation: value}}})
+	if err != nil {
+		return err
+	}
+	if _, err := c.nodes.Patch(ctx, name, types.MergePatchType, patch); err != nil {
+		return fmt.Errorf("annotation %s of CiliumNode %s: %w", v2.TunnelAnnotation, name, err)
+	}
+	return nil
+}
+
 // DeletePod deletes the pod if it is still the one with uid. A pod that is gone is no error.
 func (c *Client) DeletePod(ctx context.Context, namespace, name, uid string) error {
 	u := types.UID(uid)

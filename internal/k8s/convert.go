@@ -78,7 +78,7 @@ func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 
 func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 	var p problems
-	row := state.NodeObject{Source: model.SourceCustomResource, Name: n.Name, UID: string(n.UID), Error: n.Status.IPAM.OperatorStatus.Error}
+	row := state.NodeObject{Source: model.SourceCustomResource, Name: n.Name, UID: string(n.UID), Tunnel: n.Annotations[v2.TunnelAnnotation], Error: n.Status.IPAM.OperatorStatus.Error}
 	for i, a := range n.Spec.Addresses {
 		var dst *[]netip.Addr
 		switch a.Type {

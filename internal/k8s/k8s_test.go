@@ -316,7 +316,13 @@ func TestMarkNodeReadyAndPublish(t *testing.T) {
 	if err := c.PublishNode(t.Context(), PublishedNode{Name: "n1"}); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := strings.Join(s.patches, ", "), "PATCH /api/v1/nodes/n1, PATCH /api/v1/nodes/n1/status, PUT /apis/cilium.io/v2/ciliumnodes/n1"; got != want {
+	for _, tunnel := range []string{"vxlan:8472", ""} {
+		if err := c.AnnounceTunnel(t.Context(), "n1", tunnel); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := strings.Join(s.patches, ", "), "PATCH /api/v1/nodes/n1, PATCH /api/v1/nodes/n1/status, PUT /apis/cilium.io/v2/ciliumnodes/n1, "+
+		"PATCH /apis/cilium.io/v2/ciliumnodes/n1, PATCH /apis/cilium.io/v2/ciliumnodes/n1"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	if err := c.DeletePod(t.Context(), "d", "gone", "u"); err != nil {

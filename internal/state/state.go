@@ -22,6 +22,7 @@ type Tables struct {
 	IPCache     statedb.RWTable[IPCache]       // node: who is behind a prefix
 	Routes      statedb.RWTable[Route]         // node: wanted routes
 	Warnings    statedb.RWTable[Warning]       // node, ipam: what a person should know
+	TunnelPaths statedb.RWTable[TunnelPath]    // agent: what the kernel has of the way into the tunnel
 	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
 	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
 	Pods        statedb.RWTable[Pod]           // k8s: pods of this node
@@ -43,6 +44,7 @@ func New() (*Tables, error) {
 		create(db, &t.IPCache, newIPCache),
 		create(db, &t.Routes, newRoutes),
 		create(db, &t.Warnings, newWarnings),
+		create(db, &t.TunnelPaths, newTunnelPaths),
 		create(db, &t.Devices, newDevices),
 		create(db, &t.Endpoints, newEndpoints),
 		create(db, &t.Pods, newPods),
