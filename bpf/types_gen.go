@@ -284,6 +284,7 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityLocal      = 16777216
 )
 
 // enum slow_reason.

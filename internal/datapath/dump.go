@@ -38,11 +38,11 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "ipcache":
 		columns = []string{"IP PREFIX/ADDRESS", "IDENTITY"}
 		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
-			node := netip.IPv4Unspecified()
+			node, flags := netip.IPv4Unspecified(), "<none>"
 			if n := v.Node.Addr(); n.IsValid() {
-				node = n
+				node, flags = n, "hastunnel"
 			}
-			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=<none>", v.Identity, node))
+			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
 	case "lb":
 		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}

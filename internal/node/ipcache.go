@@ -13,16 +13,17 @@ import (
 
 // Sources of ipcache rows.
 const (
-	sourceReserved = "reserved"
-	sourceNode     = "node"
-	sourceEndpoint = "endpoint"
+	sourceReserved  = "reserved"
+	sourceNode      = "node"
+	sourceEndpoint  = "endpoint"
+	sourceAPIServer = "kube-apiserver"
 )
 
 // IPCache returns who is behind which prefix, sorted: this node's addresses are the host, other nodes' addresses
-// remote nodes, this node's pods their identities; other nodes' pod CIDRs are the world behind that node until a pod
-// is known better, and everything else is the world. Of two claims to one prefix this node's wins, then the first by
-// name.
-func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint) []state.IPCache {
+// remote nodes, this node's pods their identities; the API server's addresses are it wherever they are, but on this
+// node; other nodes' pod CIDRs are the world behind that node until a pod is known better (state.Tables.Addresses), and
+// everything else is the world. Of two claims to one prefix this node's wins, then the first by name.
+func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint, apiServers []netip.Addr) []state.IPCache {
 	rows := map[netip.Prefix]state.IPCache{}
 	add := func(p netip.Prefix, id model.Identity, node netip.Addr, source string) {
 		if !p.IsValid() || !cfg.Enabled(p.Addr()) {
@@ -53,6 +54,13 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 			add(single(a), ep.Identity, netip.Addr{}, sourceEndpoint)
 		}
 	}
+	for _, a := range apiServers {
+		id := model.IdentityOutsideKubeAPIServer
+		if slices.ContainsFunc(nodes, func(n model.Node) bool { return slices.Contains(n.Addrs, a) }) {
+			id = model.IdentityKubeAPIServer
+		}
+		add(single(a), id, netip.Addr{}, sourceAPIServer)
+	}
 	for _, n := range nodes {
 		if n.Local {
 			continue
@@ -75,6 +83,20 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 		out = append(out, r)
 	}
 	slices.SortFunc(out, func(a, b state.IPCache) int { return a.Prefix.Compare(b.Prefix) })
+	return out
+}
+
+// apiServers are the addresses behind the service default/kubernetes.
+func apiServers(slices []state.EndpointSlice) []netip.Addr {
+	var out []netip.Addr
+	for _, s := range slices {
+		if s.Namespace != "default" || s.Service != "kubernetes" {
+			continue
+		}
+		for _, e := range s.Endpoints {
+			out = append(out, e.Addr)
+		}
+	}
 	return out
 }
 

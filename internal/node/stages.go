@@ -40,9 +40,9 @@ func NewStages(t *state.Tables, cfg Config) Stages {
 		IPCache: &state.Stage[state.IPCache]{
 			Name:   "node-ipcache",
 			Out:    t.IPCache,
-			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints)},
+			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints), state.From(t.Slices)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.IPCache {
-				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints))
+				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints), apiServers(state.Rows(txn, t.Slices)))
 			},
 			Equal: reconcile.Comparable[state.IPCache],
 		},
@@ -80,4 +80,9 @@ func DesiredLocalAddrs(t *state.Tables, cfg Config) func() reconcile.Snapshot[ne
 		func(txn statedb.ReadTxn) map[netip.Addr]model.LocalAddr {
 			return LocalAddrs(cfg, state.Rows(txn, t.Local), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints))
 		})
+}
+
+// DesiredIPCache is the Desired function of the loop over the ipcache map.
+func DesiredIPCache(t *state.Tables) func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
+	return state.DesiredOf(t.DB, []state.Input{state.From(t.IPCache), state.From(t.CiliumEndpoints), state.From(t.Nodes)}, t.Addresses)
 }

@@ -27,6 +27,21 @@ type CiliumEndpoint struct {
 // Key is "namespace/name".
 func (r CiliumEndpoint) Key() string { return r.Namespace + "/" + r.Name }
 
+// PublishedEndpoint is what the cluster is told of a pod of this node by its CiliumEndpoint, keyed by "namespace/name".
+type PublishedEndpoint struct {
+	CiliumEndpoint // but for UID and Created, which the API server gives
+	Labels         model.Labels
+	ContainerID    string
+	Ports          []PodPort
+}
+
+// Same compares what the other nodes act on. Labels follow from the identity, ports from the pod.
+func (r PublishedEndpoint) Same(o PublishedEndpoint) bool {
+	a, b := r.CiliumEndpoint, o.CiliumEndpoint
+	a.UID, a.Created, b.UID, b.Created = "", 0, "", 0
+	return a == b
+}
+
 // before reports whether r's claim to an address is older or weaker than o's: while an address passes from one pod to
 // another, the new one's counts.
 func (r CiliumEndpoint) before(o CiliumEndpoint) bool {
