@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check netns e2e test demo demo-down test-kernels bench bench-control bench-identities clean
+.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test demo demo-down test-kernels bench bench-control bench-identities clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,6 +53,17 @@ unit: bpf
 
 check: lint unit ## the quick layer
 
+packet: bpf
+	$(SAY) 'packet: every tc program on single packets (BPF_PROG_TEST_RUN), and the fuzzers on their seeds'
+	go test -count=1 ./test/packet
+
+FUZZTIME ?= 1m
+fuzz: bpf ## the fuzzers of the C packet parsers, each for FUZZTIME (1m), as root
+	@for f in FuzzFromContainer FuzzFromNetdev FuzzFromHost FuzzToNetdev FuzzFromOverlay; do \
+		printf '\n==> fuzz: %s, %s\n' $$f $(FUZZTIME); \
+		go test ./test/packet -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) || exit 1; \
+	done
+
 netns: bpf
 	$(SAY) 'netns: the datapath with real traffic in network namespaces'
 	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
@@ -62,7 +73,7 @@ e2e: image
 	bin/sandbox down --name e2e
 	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e
 
-test: lint unit netns e2e ## every layer
+test: lint unit packet netns e2e ## every layer
 	$(SAY) 'all layers passed'
 
 demo: image ## a three-node cluster on Lash, checked and left running
@@ -72,7 +83,7 @@ demo-down: ## take it down; nothing is left
 	bin/sandbox down
 
 KERNELS        ?= 6.1,6.12
-KERNEL_TESTS   ?= ./test/vm/features ./test/netns ./internal/datapath/...
+KERNEL_TESTS   ?= ./test/vm/features ./test/packet ./test/netns ./internal/datapath/...
 test-kernels: bpf ## the namespace tests on Debian's 6.1 and 6.12 kernels, in qemu
 	$(SAY) 'kernels: $(KERNELS)'
 	CGO_ENABLED=0 go run ./test/vm -kernel $(KERNELS) -timeout 20m $(addprefix -pkg ,$(KERNEL_TESTS))

@@ -18,6 +18,8 @@ CONFIG(__u32, ct_any_ticks, "lifetime of every other connection without packets,
 CONFIG(__u32, host_ifindex, "ifindex of lash_host");
 CONFIG(__u64, host_mac, "MAC address of lash_host, first byte lowest");
 CONFIG(__u32, direct_ifindex, "device that routes to other nodes, used where the kernel's FIB answer names none");
+CONFIG(__u32, overlay_ifindex, "ifindex of the tunnel device; 0: there is none");
+CONFIG(__u32, tunnel_port, "UDP port of the tunnel");
 CONFIG(bool, host_routing, "true: BPF host routing; false: legacy, remote packets go through the host's stack");
 CONFIG(bool, masquerade4, "SNAT of pods' IPv4 traffic that leaves the cluster");
 CONFIG(bool, masquerade6, "SNAT of pods' IPv6 traffic that leaves the cluster");

@@ -2,7 +2,7 @@
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* lash_host, egress: what the node's own processes (and, with legacy host routing, the
- * node's stack) send to the pods of this node. */
+ * node's stack) send to the pods of this node and, in tunnel mode, to those of others. */
 #include "lib/route.h"
 
 #define FILE_ID FILE_HOST
@@ -11,6 +11,7 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 {
 	struct conn_dir forth = {}, back = {};
 	__u32 epoch = current_epoch();
+	struct ipcache_entry *remote = NULL;
 	struct endpoint *ep, *src;
 	struct conn_dir *d, *other;
 	struct conn_key k;
@@ -19,7 +20,9 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 	int action, err = 0;
 
 	ep = endpoint_of(&p->dst);
-	if (!ep || (ep->flags & ENDPOINT_HOST)) {
+	if (!ep)
+		remote = tunnel_to(&p->dst);
+	if (!remote && (!ep || (ep->flags & ENDPOINT_HOST))) {
 		/* The kernel's own multicast (listener reports, solicitations) has no listener here. */
 		if (p->v6 ? p->dst.b[0] == 0xff : (p->dst.b[12] & 0xf0) == 0xe0)
 			return VERDICT_DROP;
@@ -38,15 +41,18 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 
 	/* Ingress policy comes in here. */
 
-	decide_pod(&forth, IN_HOST, ep, 0);
+	src = endpoint_of(&p->src);
+	if (ep)
+		decide_pod(&forth, IN_HOST, ep, 0);
+	else if (remote)
+		decide_tunnel(&forth, IN_HOST, &remote->node, src ? src->identity : IDENTITY_HOST);
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_HOST, why, skb->len);
 	dir_publish(d, &forth, epoch);
-	src = endpoint_of(&p->src);
 	if (src && (src->flags & ENDPOINT_HOST) && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
-		decide_stack(&back, ep->ifindex, ACTION_HOST, FOREVER);
+		decide_stack(&back, ep ? ep->ifindex : IN_OVERLAY, ACTION_HOST, FOREVER);
 		dir_publish(other, &back, epoch);
 	}
 	action = carry_out(skb, p, HOOK_HOST, c, &forth, &k);

@@ -104,9 +104,14 @@ struct ipcache_key {
 	struct addr addr;
 } __attribute__((packed, aligned(4)));
 
+enum ipcache_flags {
+	IPCACHE_TUNNEL = 1,      /* packets to it are encapsulated to node */
+	IPCACHE_PEER   = 2,      /* another node itself: its encapsulated packets are accepted */
+};
+
 struct ipcache_entry {
 	__u32 identity;
-	__u32 flags;
+	__u32 flags;             /* enum ipcache_flags */
 	struct addr node;        /* the node that has it; zero: none or this one */
 };
 
@@ -137,6 +142,7 @@ enum conn_action {
 	ACTION_HOST,             /* up the host's stack, through lash_host */
 	ACTION_PASS,             /* up the host's stack, from here */
 	ACTION_NEIGH,            /* never stored: out of out_ifindex, the kernel resolves the neighbour */
+	ACTION_TUNNEL,           /* encapsulated to node, with identity vni */
 };
 
 enum dir_flags {
@@ -148,8 +154,9 @@ enum dir_flags {
 /* Where packets of a direction must arrive for its decision to hold: a pod's
  * ifindex, or one of these. A packet elsewhere is decided anew, source check included. */
 enum conn_in {
-	IN_NETDEV = 0,
-	IN_HOST   = 0xffffffff,
+	IN_NETDEV  = 0,
+	IN_HOST    = 0xffffffff,
+	IN_OVERLAY = 0xfffffffe, /* and from the node that the other direction goes to */
 };
 
 struct conn_dir {
@@ -160,8 +167,14 @@ struct conn_dir {
 	__u8 action;             /* enum conn_action */
 	__u8 flags;              /* enum dir_flags */
 	__u16 mtu;               /* of the route; 0: no limit to check */
-	struct mac dmac;
-	struct mac smac;
+	__u32 vni;               /* ACTION_TUNNEL: the sender's identity */
+	union {
+		struct {
+			struct mac dmac;
+			struct mac smac;
+		};
+		struct addr node;    /* ACTION_TUNNEL: where to */
+	};
 	__u64 packets;           /* plain increments: one direction is one CPU's, nearly always */
 	__u64 bytes;
 };
@@ -329,8 +342,8 @@ enum hook {
 	HOOK_NETDEV,             /* from_netdev */
 	HOOK_HOST,               /* from_host */
 	HOOK_NETDEV_OUT,         /* to_netdev */
-	HOOK_POD_IN,             /* to_container */
 	HOOK_SOCK,
+	HOOK_OVERLAY,            /* from_overlay */
 	HOOKS,
 };
 
@@ -369,6 +382,7 @@ struct scratch {
 	__u8 pkt[80];            /* struct pkt */
 	__u8 plan[160];          /* struct plan */
 	__u8 tuple[40];          /* struct bpf_sock_tuple */
+	__u8 inner[48];          /* struct inner */
 };
 
 struct {

@@ -8,15 +8,6 @@
 
 #define FILE_ID FILE_NETDEV
 
-/* for_pods: the destination may be a pod of this node. With one pod CIDR a family,
- * known at load time, the node's own traffic is told apart without a lookup. */
-static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
-{
-	if (p->v6)
-		return !mask_set(cfg_pod6_mask) || addr_within(a, cfg_pod6_net, cfg_pod6_mask);
-	return !mask_set(cfg_pod4_mask) || addr_within(a, cfg_pod4_net, cfg_pod4_mask);
-}
-
 /* decide_answer finds the way back to where the packet came from. What the FIB cannot
  * tell now, the pod's first packet back will ask for itself. */
 static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 pod_ifindex,
@@ -69,15 +60,13 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
-	count(HOOK_NETDEV, why, skb->len);
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : why, skb->len);
 	dir_publish(d, &forth, epoch);
 	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
 	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
 		decide_answer(skb, p, ep->ifindex, other, epoch);
-	if (p->ttl <= 1) {
-		count(HOOK_NETDEV, SLOW_TTL, skb->len);
+	if (p->ttl <= 1)
 		return VERDICT_OK;
-	}
 	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
@@ -96,19 +85,24 @@ static __always_inline struct conn *nat_owner(const struct conn_key *translated,
 /* An ICMP error about a masqueraded packet belongs to the pod that sent it. */
 static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 {
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct conn_key translated, k;
 	struct conn_dir forth = {};
 	struct endpoint *ep;
-	struct inner in;
+	struct inner *in;
 	struct conn *c;
 	struct addr pod;
 	__be16 port;
 	int err;
 
-	err = inner_parse(skb, p, &in);
+	if (!scratch)
+		return VERDICT_OK;
+	in = (struct inner *)scratch->inner;
+	err = inner_parse(skb, p, in);
 	if (err)
 		return VERDICT_OK;
-	conn_key(&translated, &in.src, in.sport, &in.dst, in.dport, in.proto);
+	conn_key(&translated, &in->src, in->sport, &in->dst, in->dport, in->proto);
 	c = nat_owner(&translated, &k);
 	if (!c)
 		return VERDICT_OK; /* about the node's own */
@@ -118,11 +112,12 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	if (!ep)
 		return DROP(p, DROP_UNROUTABLE);
 	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
-	err = icmp_translate(skb, p, &in, true, &pod, port);
+	in->to_pod = true;
+	err = icmp_translate(skb, p, in, &pod, port);
 	if (err)
 		return err;
-	count(HOOK_NETDEV, SLOW_ICMP_ERROR, skb->len);
-	if (!cfg_host_routing)
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_ICMP_ERROR, skb->len);
+	if (!cfg_host_routing || p->ttl <= 1)
 		return VERDICT_OK;
 	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
@@ -137,6 +132,8 @@ static __always_inline bool may_answer_masqueraded(const struct pkt *p)
 		return true;
 	if (p->flags & PKT_ECHO)
 		return p->dport != 0;
+	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
+		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
 		return port >= cfg_snat_min && port <= cfg_snat_max;
 	return p->proto != IPPROTO_ICMPV6;
@@ -192,6 +189,9 @@ int from_netdev(struct __sk_buff *skb)
 	struct pkt p, *slow;
 	int verdict;
 
+	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
+	if (unlikely(skb->vlan_present) && (skb->vlan_tci & 0xfff))
+		return VERDICT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		verdict = parse(skb, &p, false);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
@@ -212,7 +212,7 @@ int from_netdev(struct __sk_buff *skb)
 			return VERDICT_DROP;
 		verdict = from_netdev_slow(skb, slow, why);
 		/* Without a pod CIDR to go by, the node's own addresses come here too. */
-		if (verdict == VERDICT_OK && (slow->v6 ? !mask_set(cfg_pod6_mask) : !mask_set(cfg_pod4_mask)))
+		if (verdict == VERDICT_OK && !pods_known(slow))
 			verdict = to_node(skb, slow);
 	} else {
 		if (!may_answer_masqueraded(&p))
@@ -243,6 +243,15 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		err = fragment_ports(p);
 		if (err)
 			return err;
+	}
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p);
+		if (err)
+			return err;
+		if (p->flags & PKT_TRANSLATED) {
+			count(HOOK_NETDEV_OUT, SLOW_ICMP_ERROR, skb->len);
+			return VERDICT_OK;
+		}
 	}
 	from_hi = pkt_key(&k, p);
 	c = conn_open(skb, p, &k, from_hi, &err);

@@ -1,8 +1,8 @@
 //go:build ignore
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The host side of every pod's veth pair. from_container (ingress): what the pod
- * sends. to_container (egress): what the stack and from_host deliver to it. */
+/* The host side of every pod's veth pair, ingress: what the pod sends. What is sent to the
+ * pod has passed another program already (from_container, from_netdev, from_host). */
 #include "lib/route.h"
 #include "lib/neigh.h"
 
@@ -16,6 +16,18 @@ struct plan {
 	__u32 why;
 };
 
+/* Back into the pod that iface is about, behind ifindex. */
+static __always_inline void decide_back(struct conn_dir *d, __u32 in, __u32 ifindex, const struct iface *iface, __u8 flags)
+{
+	d->in = in;
+	d->action = ACTION_PEER;
+	d->flags = flags;
+	d->out_ifindex = ifindex;
+	d->dmac = iface->mac;
+	d->smac = iface->node_mac;
+	d->deadline = ticks() + FOREVER;
+}
+
 /* plan_route decides what leaves the node: both directions, masquerading with them when
  * the packet is the initiator's (orig). The action for this packet, or a drop reason. */
 static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, struct plan *plan,
@@ -23,7 +35,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 {
 	__u32 in = skb->ifindex;
 	struct device *dev;
-	int action;
+	int action, err;
 
 	action = route(skb, p, false, &plan->hop, &plan->why);
 	if (action < 0)
@@ -43,41 +55,22 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		decide_stack(&plan->forth, in, ACTION_HOST, cfg_hz);
 		return ACTION_HOST;
 	}
-	if (orig) {
-		int err = masquerade(skb, p, k, c, dev);
-
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p);
 		if (err)
 			return err;
 	}
-	decide_egress(&plan->forth, in, &plan->hop, c->flags & CONN_NAT ? (orig ? DIR_TO_NAT : 0) : 0);
+	if (p->flags & PKT_TRANSLATED)
+		orig = false;
+	if (orig) {
+		err = masquerade(skb, p, k, c, dev);
+		if (err)
+			return err;
+	}
+	decide_egress(&plan->forth, in, &plan->hop, orig && (c->flags & CONN_NAT) ? DIR_TO_NAT : 0);
 	/* The answer comes in by the network and goes straight into this pod. */
-	plan->back.in = IN_NETDEV;
-	plan->back.action = ACTION_PEER;
-	plan->back.flags = DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0);
-	plan->back.out_ifindex = in;
-	plan->back.dmac = iface->mac;
-	plan->back.smac = iface->node_mac;
-	plan->back.deadline = ticks() + FOREVER;
+	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0));
 	return action;
-}
-
-/* A pod's report about what reached it by way of a masqueraded connection. */
-static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
-{
-	struct conn_key k;
-	struct inner in;
-	struct conn *c;
-	bool from_hi;
-	int err;
-
-	err = inner_parse(skb, p, &in);
-	if (err)
-		return err;
-	from_hi = conn_key(&k, &in.src, in.sport, &in.dst, in.dport, in.proto);
-	c = bpf_map_lookup_elem(&lash_conn, &k);
-	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
-		return 0;
-	return icmp_translate(skb, p, &in, false, &c->nat_addr, c->nat_port);
 }
 
 static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
@@ -90,7 +83,8 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_key *k;
 	struct conn_dir *d;
 	struct conn *c;
-	bool from_hi, orig;
+	struct ipcache_entry *remote;
+	bool from_hi, orig, exceeds;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
 
@@ -113,11 +107,6 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		if (err)
 			return err;
 	}
-	if ((p->flags & PKT_ICMP_ERROR) && !(p->flags & PKT_LATER)) {
-		err = translate_report(skb, p);
-		if (err)
-			return err;
-	}
 
 	/* Services that the socket hook could not translate come in here. */
 
@@ -134,37 +123,36 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	ep = endpoint_of(&p->dst);
 	if (ep && !(ep->flags & ENDPOINT_HOST)) {
 		decide_pod(&plan->forth, in, ep, DIR_TTL);
-		plan->back.in = ep->ifindex;
-		plan->back.action = ACTION_PEER;
-		plan->back.flags = DIR_TTL;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, ep->ifindex, in, iface, DIR_TTL);
 		action = ACTION_PEER;
 	} else if (ep) {
 		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
-		plan->back.in = IN_HOST;
-		plan->back.action = ACTION_PEER;
-		plan->back.out_ifindex = in;
-		plan->back.dmac = iface->mac;
-		plan->back.smac = iface->node_mac;
-		plan->back.deadline = ticks() + FOREVER;
+		decide_back(&plan->back, IN_HOST, in, iface, 0);
 		action = ACTION_HOST;
+	} else if ((remote = tunnel_to(&p->dst))) {
+		decide_tunnel(&plan->forth, in, &remote->node, iface->identity);
+		/* The answer comes out of the tunnel and goes straight into this pod; with legacy host routing, up the stack. */
+		if (cfg_host_routing)
+			decide_back(&plan->back, IN_OVERLAY, in, iface, DIR_TTL);
+		action = ACTION_TUNNEL;
 	} else {
 		action = plan_route(skb, p, plan, iface, k, c, orig);
 		if (action < 0)
 			return action;
 	}
 	d = orig ? &c->orig : &c->reply;
+	/* What the stack answers better: time exceeded, fragmentation needed. */
+	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
+	if (exceeds)
+		plan->why = p->ttl <= 1 ? SLOW_TTL : SLOW_MTU;
+	else if (action == ACTION_NEIGH)
+		plan->why = SLOW_NEIGHBOUR;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_POD, plan->why, skb->len);
 
 	/* A neighbour that is not known is found by the packet itself, and one that is
 	 * known is checked again each time the route is. Neither is remembered half. */
-	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
-		if (p->ttl <= 1 || too_big(skb, p, plan->hop.mtu ?: 0xffff))
-			return to_host(skb, p);
+	if (!exceeds && (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE))) {
 		if (action == ACTION_EGRESS)
 			dir_publish(d, &plan->forth, epoch);
 		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
@@ -172,13 +160,13 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		err = by_neighbour(skb, p, &plan->hop);
 		return err == -1 ? DROP(p, DROP_WRITE) : err;
 	}
-	dir_publish(d, &plan->forth, epoch);
-	if (plan->back.action && !(p->flags & PKT_ICMP_ERROR))
-		dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
-	/* What the stack answers better: time exceeded, fragmentation needed. */
-	if (action != ACTION_HOST &&
-	    ((p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu)))) {
-		count(HOOK_POD, p->ttl <= 1 ? SLOW_TTL : SLOW_MTU, skb->len);
+	/* An ICMP error goes its own way, which is not that of what else has its key. */
+	if (!(p->flags & PKT_ICMP_ERROR) && action != ACTION_NEIGH) {
+		dir_publish(d, &plan->forth, epoch);
+		if (plan->back.action)
+			dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
+	}
+	if (exceeds) {
 		action = to_host(skb, p);
 		return action == -1 ? DROP(p, DROP_WRITE) : action;
 	}
@@ -201,7 +189,6 @@ static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bo
 	iface = bpf_map_lookup_elem(&lash_ifaces, &in);
 	if (p->icmp_type == ICMP6_NS && iface && answer_nd(skb, iface)) {
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	}
 	if (p->icmp_type == ICMP6_REDIRECT)
@@ -217,7 +204,11 @@ int from_container(struct __sk_buff *skb)
 	struct pkt p, *slow;
 	int verdict;
 
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+	/* The kernel has taken the tag off and would put it on again where the packet leaves. */
+	if (unlikely(skb->vlan_present)) {
+		__builtin_memset(&p, 0, sizeof(p));
+		verdict = DROP(&p, DROP_VLAN);
+	} else if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		verdict = parse(skb, &p, false);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		verdict = parse(skb, &p, true);
@@ -234,7 +225,6 @@ int from_container(struct __sk_buff *skb)
 		if (!iface || !answer_arp(skb, iface))
 			return VERDICT_DROP; /* for somebody who does not exist here: silence */
 		note(skb, in, ACTION_EGRESS);
-		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(in, 0);
 	} else {
 		__builtin_memset(&p, 0, sizeof(p));
@@ -251,14 +241,6 @@ int from_container(struct __sk_buff *skb)
 		}
 	}
 	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
-}
-
-/* Ingress policy for what the stack delivers comes in here. */
-SEC("tc")
-int to_container(struct __sk_buff *skb)
-{
-	count(HOOK_POD_IN, SLOW_NOT, skb->len);
-	return VERDICT_OK;
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

@@ -16,3 +16,4 @@ enum slow_reason *slow_reason;
 enum drop_reason *drop_reason;
 enum file_id *file_id;
 enum identity *identity;
+enum ipcache_flags *ipcache_flags;

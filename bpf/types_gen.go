@@ -22,7 +22,7 @@ type BackendKey struct {
 	Slot    uint32
 }
 
-// Conn is struct conn, 128 bytes.
+// Conn is struct conn, 144 bytes.
 type Conn struct {
 	Orig    ConnDir
 	Reply   ConnDir
@@ -35,7 +35,7 @@ type Conn struct {
 	_       uint32
 }
 
-// ConnDir is struct conn_dir, 48 bytes.
+// ConnDir is struct conn_dir, 56 bytes.
 type ConnDir struct {
 	Epoch      uint32
 	Deadline   uint32
@@ -44,8 +44,10 @@ type ConnDir struct {
 	Action     uint8
 	Flags      uint8
 	MTU        uint16
+	Vni        uint32
 	DMAC       MAC
 	SMAC       MAC
+	_          [4]byte
 	Packets    uint64
 	Bytes      uint64
 }
@@ -145,7 +147,7 @@ type Runtime struct {
 	Ticks uint64
 }
 
-// Scratch is struct scratch, 552 bytes.
+// Scratch is struct scratch, 616 bytes.
 type Scratch struct {
 	Conn   Conn
 	Key    ConnKey
@@ -154,6 +156,7 @@ type Scratch struct {
 	Pkt    [80]uint8
 	Plan   [160]uint8
 	Tuple  [40]uint8
+	Inner  [48]uint8
 }
 
 // Service is struct service, 16 bytes.
@@ -197,6 +200,7 @@ const (
 	ActionHost   = 3
 	ActionPass   = 4
 	ActionNeigh  = 5
+	ActionTunnel = 6
 )
 
 // enum conn_flags.
@@ -208,8 +212,9 @@ const (
 
 // enum conn_in.
 const (
-	InNetdev = 0
-	InHost   = 4294967295
+	InNetdev  = 0
+	InHost    = 4294967295
+	InOverlay = 4294967294
 )
 
 // enum conn_state.
@@ -230,22 +235,26 @@ const (
 
 // enum drop_reason.
 const (
-	DropInvalidSource = 132
-	DropPolicy        = 133
-	DropInvalid       = 134
-	DropCTInvalid     = 135
-	DropUnsupportedL3 = 139
-	DropWrite         = 141
-	DropUnroutable    = 151
-	DropCTInsert      = 155
-	DropIPv6Extension = 156
-	DropNATExhausted  = 167
-	DropNATProto      = 168
-	DropFIB           = 169
-	DropNoFragment    = 175
-	DropICMPv6        = 176
-	DropUnsupportedL2 = 166
-	DropNoEndpoint    = 203
+	DropInvalidSource   = 132
+	DropPolicy          = 133
+	DropInvalid         = 134
+	DropCTInvalid       = 135
+	DropUnsupportedL3   = 139
+	DropWrite           = 141
+	DropTunnelKey       = 147
+	DropUnroutable      = 151
+	DropCTInsert        = 155
+	DropIPv6Extension   = 156
+	DropNATExhausted    = 167
+	DropNATProto        = 168
+	DropFIB             = 169
+	DropInvalidIdentity = 171
+	DropUnknownSender   = 172
+	DropNoFragment      = 175
+	DropICMPv6          = 176
+	DropUnsupportedL2   = 166
+	DropVLAN            = 182
+	DropNoEndpoint      = 203
 )
 
 // enum endpoint_flags.
@@ -255,16 +264,17 @@ const (
 
 // enum file_id.
 const (
-	FilePod    = 1
-	FileNetdev = 2
-	FileHost   = 3
-	FileSock   = 4
-	FileParse  = 5
-	FileConn   = 6
-	FileNAT    = 7
-	FileFIB    = 8
-	FileNeigh  = 9
-	FileRoute  = 10
+	FilePod     = 1
+	FileNetdev  = 2
+	FileHost    = 3
+	FileSock    = 4
+	FileParse   = 5
+	FileConn    = 6
+	FileNAT     = 7
+	FileFIB     = 8
+	FileNeigh   = 9
+	FileRoute   = 10
+	FileOverlay = 11
 )
 
 // enum hook.
@@ -273,8 +283,8 @@ const (
 	HookNetdev    = 1
 	HookHost      = 2
 	HookNetdevOut = 3
-	HookPodIn     = 4
-	HookSock      = 5
+	HookSock      = 4
+	HookOverlay   = 5
 	Hooks         = 6
 )
 
@@ -285,6 +295,12 @@ const (
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
 	IdentityLocal      = 16777216
+)
+
+// enum ipcache_flags.
+const (
+	IPCacheTunnel = 1
+	IPCachePeer   = 2
 )
 
 // enum slow_reason.
@@ -341,6 +357,8 @@ type Constants struct {
 	Native6Mask Addr `cfg:"cfg_native6_mask"`
 	// IPv6 native routing CIDR, never masqueraded.
 	Native6Net Addr `cfg:"cfg_native6_net"`
+	// ifindex of the tunnel device; 0: there is none.
+	OverlayIfindex uint32 `cfg:"cfg_overlay_ifindex"`
 	// its mask; all zero: not set, every address is looked up.
 	Pod4Mask Addr `cfg:"cfg_pod4_mask"`
 	// this node's IPv4 pod CIDR (IPv4-mapped).
@@ -357,6 +375,8 @@ type Constants struct {
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// UDP port of the tunnel.
+	TunnelPort uint32 `cfg:"cfg_tunnel_port"`
 }
 
 // Maps are the names of all maps, as pinned.
@@ -379,8 +399,9 @@ var Maps = []string{
 
 // Programs are all programs, by the object that has them.
 var Programs = map[string][]string{
-	"host":   {"from_host"},
-	"netdev": {"from_netdev", "to_netdev"},
-	"pod":    {"clock", "from_container", "to_container"},
-	"sock":   {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
+	"host":    {"from_host"},
+	"netdev":  {"from_netdev", "to_netdev"},
+	"overlay": {"from_overlay"},
+	"pod":     {"clock", "from_container"},
+	"sock":    {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
 }

@@ -3,7 +3,7 @@
 # Installs the Debian packages that building and testing Lash needs, if any is missing.
 # What the sandbox needs besides, bin/sandbox installs itself.
 set -eu
-packages=(clang-19 llvm-19 libc6-dev linux-libc-dev iproute2 iputils-ping util-linux make git gcc)
+packages=(clang-19 llvm-19 libc6-dev linux-libc-dev iproute2 iputils-ping nftables util-linux make git gcc)
 missing=()
 for p in "${packages[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")

@@ -108,7 +108,7 @@ func (g *generator) read(path string) error {
 
 // ours lists the enumerations that Go needs; the kernel's own stay out.
 var ours = map[string]bool{
-	"endpoint_flags": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
+	"endpoint_flags": true, "ipcache_flags": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
 	"conn_state": true, "identity": true, "hook": true, "slow_reason": true, "drop_reason": true, "file_id": true,
 }
 
@@ -122,6 +122,10 @@ func (g *generator) add(t btf.Type) {
 		if t.Name == "addr" {
 			return
 		}
+		for _, m := range t.Members {
+			g.add(m.Type)
+		}
+	case *btf.Union:
 		for _, m := range t.Members {
 			g.add(m.Type)
 		}
@@ -149,6 +153,27 @@ func (g *generator) write() []byte {
 			size, err := btf.Sizeof(m.Type)
 			if err != nil {
 				log.Fatalf("gen: struct %s, %s: %v", name, m.Name, err)
+			}
+			if u, ok := m.Type.(*btf.Union); ok {
+				// Go has no unions: the first member's fields, and the rest unnamed.
+				first, ok := u.Members[0].Type.(*btf.Struct)
+				if !ok {
+					log.Fatalf("gen: struct %s: the first member of its union is no struct", name)
+				}
+				at = off
+				for _, f := range first.Members {
+					fmt.Fprintf(&b, "%s %s\n", camel(f.Name), goType(f.Type))
+					n, err := btf.Sizeof(f.Type)
+					if err != nil {
+						log.Fatalf("gen: struct %s, %s: %v", name, f.Name, err)
+					}
+					at += uint32(n)
+				}
+				if end := off + u.Size; at != end {
+					fmt.Fprintf(&b, "_ [%d]byte\n", end-at)
+					at = end
+				}
+				continue
 			}
 			field := camel(m.Name)
 			if strings.HasPrefix(m.Name, "pad") {
@@ -241,7 +266,7 @@ func goType(t btf.Type) string {
 	}
 }
 
-var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN"}
+var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN"}
 
 func camel(name string) string {
 	var b strings.Builder

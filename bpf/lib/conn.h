@@ -53,6 +53,12 @@ static __always_inline bool conn_key(struct conn_key *k, const struct addr *src,
 	return swap;
 }
 
+static __always_inline bool conn_key_equal(const struct conn_key *a, const struct conn_key *b)
+{
+	return addr_equal(&a->lo, &b->lo) && addr_equal(&a->hi, &b->hi) && a->lo_port == b->lo_port &&
+	       a->hi_port == b->hi_port && a->proto == b->proto;
+}
+
 static __always_inline bool pkt_key(struct conn_key *k, const struct pkt *p)
 {
 	return conn_key(k, &p->src, p->sport, &p->dst, p->dport, p->proto);
@@ -91,6 +97,12 @@ static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const s
 	d->bytes += len;
 }
 
+/* tcp_opens: a connection's first packet, and not one that ends it in the same breath. */
+static __always_inline bool tcp_opens(const struct pkt *p)
+{
+	return (p->tcp & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
 /* conn_closed: what is left of the connection does not bind a new SYN. */
 static __always_inline bool conn_closed(const struct conn *c)
 {
@@ -108,25 +120,25 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 	struct conn *fresh;
 
 	if (c) {
-		bool syn = (p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-
-		if (!past(now, c->expires) && !(syn && conn_closed(c)))
+		if (!past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
 			return c;
-		/* Its masquerading goes with it: the source port may be taken by now. */
-		if (c->flags & CONN_NAT) {
-			struct conn_key nk;
-
-			if (c->flags & CONN_INITIATOR_HI)
-				conn_key(&nk, &c->nat_addr, c->nat_port, &k->lo, k->lo_port, k->proto);
-			else
-				conn_key(&nk, &c->nat_addr, c->nat_port, &k->hi, k->hi_port, k->proto);
-			bpf_map_delete_elem(&lash_nat, &nk);
-		}
 	}
 	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	if (!scratch) {
 		*err = DROP(p, DROP_CT_INSERT);
 		return NULL;
+	}
+	/* Its masquerading goes with it, unless the source port is another connection's by now. */
+	if (c && (c->flags & CONN_NAT)) {
+		struct conn_key *nk = &scratch->nat_key, *owner;
+
+		if (c->flags & CONN_INITIATOR_HI)
+			conn_key(nk, &c->nat_addr, c->nat_port, &k->lo, k->lo_port, k->proto);
+		else
+			conn_key(nk, &c->nat_addr, c->nat_port, &k->hi, k->hi_port, k->proto);
+		owner = bpf_map_lookup_elem(&lash_nat, nk);
+		if (owner && conn_key_equal(owner, k))
+			bpf_map_delete_elem(&lash_nat, nk);
 	}
 	fresh = &scratch->conn;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
@@ -155,8 +167,8 @@ static __always_inline void dir_publish(struct conn_dir *d, const struct conn_di
 	d->action = decided->action;
 	d->flags = decided->flags;
 	d->mtu = decided->mtu;
-	d->dmac = decided->dmac;
-	d->smac = decided->smac;
+	d->vni = decided->vni;
+	d->node = decided->node; /* or the MAC addresses */
 	barrier();
 	*(volatile __u32 *)&d->epoch = epoch;
 }

@@ -15,21 +15,25 @@ enum drop_reason {
 	DROP_CT_INVALID      = 135, /* CT: Truncated or invalid header */
 	DROP_UNSUPPORTED_L3  = 139, /* Unsupported L3 protocol */
 	DROP_WRITE           = 141, /* Error writing to packet */
+	DROP_TUNNEL_KEY      = 147, /* Tunnel key error */
 	DROP_UNROUTABLE      = 151, /* Stale or unroutable IP */
 	DROP_CT_INSERT       = 155, /* CT: Map insertion failed */
 	DROP_IPV6_EXTENSION  = 156, /* Invalid IPv6 extension header */
 	DROP_NAT_EXHAUSTED   = 167, /* No mapping for NAT masquerade */
 	DROP_NAT_PROTO       = 168, /* Unsupported protocol for NAT masquerade */
 	DROP_FIB             = 169, /* FIB lookup failed */
+	DROP_INVALID_IDENTITY = 171, /* Invalid identity */
+	DROP_UNKNOWN_SENDER  = 172, /* Unknown sender */
 	DROP_NO_FRAGMENT     = 175, /* First logical datagram fragment not found */
 	DROP_ICMPV6          = 176, /* Forbidden ICMPv6 message */
 	DROP_UNSUPPORTED_L2  = 166, /* Unsupported L2 protocol */
+	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
 };
 
 enum file_id {
 	FILE_POD = 1, FILE_NETDEV, FILE_HOST, FILE_SOCK,
-	FILE_PARSE, FILE_CONN, FILE_NAT, FILE_FIB, FILE_NEIGH, FILE_ROUTE,
+	FILE_PARSE, FILE_CONN, FILE_NAT, FILE_FIB, FILE_NEIGH, FILE_ROUTE, FILE_OVERLAY,
 };
 
 #define DROP(p, reason) ({ (p)->line = __LINE__; (p)->file = FILE_ID; -(int)(reason); })

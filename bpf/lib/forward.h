@@ -7,8 +7,8 @@
 
 #define FILE_ID FILE_ROUTE
 
-/* skb->mark of packets that are finished with this node: to_netdev and
- * to_container let them pass unread. The field's value for "SNAT done". */
+/* skb->mark of packets that are finished with this node: to_netdev lets them
+ * pass unread. The field's value for "SNAT done". */
 #define MARK_MASK 0x0f00
 #define MARK_DONE 0x0300
 
@@ -34,6 +34,8 @@ static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
 		return 0;
 	if (p->v6) {
 		((struct ipv6hdr *)(data + ETH_HLEN))->hop_limit--;
+		/* No checksum of IPv6 makes up for it: where the device has summed the packet, its sum follows. */
+		bpf_csum_update(skb, ~(__u32)bpf_htons(1));
 	} else {
 		struct iphdr *ip = data + ETH_HLEN;
 		__u32 sum = (__u32)ip->check + bpf_htons(0x0100);
@@ -50,7 +52,6 @@ static __always_inline int to_pod(struct __sk_buff *skb, const enum hook hook, _
 	/* redirect_peer exists at ingress only, and from 5.10 on. */
 	if (hook != HOOK_HOST && cfg_host_routing)
 		return bpf_redirect_peer(ifindex, 0);
-	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 	return bpf_redirect(ifindex, 0);
 }
 
@@ -64,6 +65,50 @@ static __always_inline int to_host(struct __sk_buff *skb, const struct pkt *p)
 		return -1;
 	note(skb, cfg_host_ifindex, ACTION_HOST);
 	return bpf_redirect(cfg_host_ifindex, BPF_F_INGRESS);
+}
+
+/* to_tunnel encapsulates. The inner frame stays as the sender made it: the receiving
+ * node decrements its TTL and writes its MAC addresses, once, when it delivers. */
+static __noinline int to_tunnel(struct __sk_buff *skb, const struct addr *node, __u32 vni)
+{
+	struct bpf_tunnel_key key = { .tunnel_id = vni, .tunnel_ttl = 64 };
+	__u64 flags = BPF_F_ZERO_CSUM_TX;
+
+	if (addr_is4(node)) {
+		key.remote_ipv4 = bpf_ntohl(node->w[3]);
+	} else {
+		__builtin_memcpy(key.remote_ipv6, node, sizeof(key.remote_ipv6));
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
+		return -1;
+	note(skb, cfg_overlay_ifindex, ACTION_TUNNEL);
+	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
+	return bpf_redirect(cfg_overlay_ifindex, 0);
+}
+
+/* tunnel_sender: the outer source address and the VNI of a packet from the tunnel. */
+static __always_inline int tunnel_sender(struct __sk_buff *skb, struct addr *node, __u32 *vni)
+{
+	struct bpf_tunnel_key key = {};
+
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+		addr_from4(node, bpf_htonl(key.remote_ipv4));
+	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		__builtin_memcpy(node, key.remote_ipv6, sizeof(*node));
+	else
+		return -1;
+	*vni = key.tunnel_id;
+	return 0;
+}
+
+/* sent_by: the packet from the tunnel comes from the node that d leads to. */
+static __noinline bool sent_by(struct __sk_buff *skb, const struct conn_dir *d)
+{
+	struct addr node;
+	__u32 vni;
+
+	return d->action == ACTION_TUNNEL && !tunnel_sender(skb, &node, &vni) && addr_equal(&node, &d->node);
 }
 
 /* carry_out rewrites and sends a packet as decided. Negative: the packet could not be written. */
@@ -90,6 +135,8 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p,
 		note(skb, out, ACTION_EGRESS);
 		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(out, 0);
+	case ACTION_TUNNEL:
+		return to_tunnel(skb, &d->node, d->vni);
 	case ACTION_HOST:
 		return to_host(skb, p);
 	}
@@ -142,12 +189,16 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
+	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, orig ? &c->reply : &c->orig))) {
+		*why = SLOW_ELSEWHERE;
+		return NOT_FAST;
+	}
 	now = ticks();
 	if (unlikely(past(now, d->deadline) || past(now, c->expires))) {
 		*why = SLOW_DEADLINE;
 		return NOT_FAST;
 	}
-	if (unlikely((p->tcp & (TCP_SYN | TCP_ACK)) == TCP_SYN && conn_closed(c))) {
+	if (unlikely(tcp_opens(p) && conn_closed(c))) {
 		*why = SLOW_REOPENED;
 		return NOT_FAST;
 	}

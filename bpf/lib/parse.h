@@ -29,6 +29,7 @@ enum pkt_flags {
 	PKT_EXTENSION  = 8,  /* headers between L3 and L4 */
 	PKT_PORTS      = 16, /* sport and dport are at l4 */
 	PKT_ECHO       = 32, /* the identifier stands for a port */
+	PKT_TRANSLATED = 64, /* an ICMP error that comes from the node by now, though src says the pod */
 };
 
 struct pkt {
@@ -64,11 +65,15 @@ static __always_inline struct pkt *slow_pkt(const struct pkt *p)
 	return (struct pkt *)scratch->pkt;
 }
 
+/* As much of an L4 header as a packet must have: all of TCP's without options. */
 struct l4_head {
 	__be16 sport, dport;
 	__be32 seq, ack;
 	__u8 doff, flags;
+	__be16 window, check, urgent;
 };
+
+#define L4_SHORT 8 /* of UDP and ICMP; of SCTP what is read */
 
 static __always_inline void addr_from4(struct addr *a, __be32 ip)
 {
@@ -122,7 +127,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 	case IPPROTO_SCTP: {
 		__be16 *h = l4;
 
-		if ((void *)(h + 2) > end)
+		if ((void *)h + L4_SHORT > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->sport = h[0];
 		p->dport = h[1];
@@ -134,7 +139,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 
 		if (p->v6)
 			return 0;
-		if ((void *)(h + 8) > end)
+		if ((void *)(h + L4_SHORT) > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->icmp_type = h[0];
 		if (h[0] == ICMP4_ECHO) {
@@ -153,7 +158,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *
 
 		if (!p->v6)
 			return 0;
-		if ((void *)(h + 8) > end)
+		if ((void *)(h + L4_SHORT) > end)
 			return DROP(p, DROP_CT_INVALID);
 		p->icmp_type = h[0];
 		if (h[0] == ICMP6_ECHO) {
@@ -259,6 +264,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 		if (unlikely(frag & bpf_htons(IPV4_MF | IPV4_OFFSET))) {
 			p->flags |= PKT_FRAGMENT;
 			p->frag_id = ip->id;
+			if (p->l4 > skb->len)
+				return DROP(p, DROP_INVALID);
 			if (frag & bpf_htons(IPV4_OFFSET)) {
 				p->flags |= PKT_LATER;
 				return 0;
@@ -297,13 +304,16 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 	}
 	/* Options or extension headers: L4 lies further back. */
 	p->flags |= PKT_EXTENSION;
+	if (p->l4 > skb->len)
+		return DROP(p, DROP_INVALID);
 	{
 		__u8 head[sizeof(struct l4_head)] = {};
 
-		if (bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)) &&
-		    bpf_skb_load_bytes(skb, p->l4, head, 8))
-			return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP ? DROP(p, DROP_CT_INVALID) : 0;
-		return parse_l4(skb, p, head, head + sizeof(head));
+		if (!bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)))
+			return parse_l4(skb, p, head, head + sizeof(head));
+		if (p->proto != IPPROTO_TCP && !bpf_skb_load_bytes(skb, p->l4, head, L4_SHORT))
+			return parse_l4(skb, p, head, head + L4_SHORT);
+		return parse_l4(skb, p, head, head);
 	}
 }
 

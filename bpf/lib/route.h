@@ -21,6 +21,21 @@ static __always_inline struct endpoint *endpoint_of(const struct addr *a)
 	return bpf_map_lookup_elem(&lash_endpoints, a);
 }
 
+/* pods_known: the node has one pod CIDR of the packet's family, known at load time. */
+static __always_inline bool pods_known(const struct pkt *p)
+{
+	return p->v6 ? mask_set(cfg_pod6_mask) : mask_set(cfg_pod4_mask);
+}
+
+/* for_pods: the destination may be a pod of this node. With a known pod CIDR the node's
+ * own traffic is told apart without a lookup. */
+static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
+{
+	if (!pods_known(p))
+		return true;
+	return p->v6 ? addr_within(a, cfg_pod6_net, cfg_pod6_mask) : addr_within(a, cfg_pod4_net, cfg_pod4_mask);
+}
+
 /* Into a pod of this node. */
 static __always_inline void decide_pod(struct conn_dir *d, __u32 in, const struct endpoint *ep, __u8 flags)
 {
@@ -101,8 +116,11 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		*why = SLOW_UNROUTED;
 		return rc < 0 ? DROP(p, DROP_FIB) : ACTION_HOST;
 	}
-	/* Kernels before 5.15 leave the input device in place when there is no neighbour. */
-	hop->ifindex = f->ifindex == cfg_host_ifindex && action == ACTION_NEIGH ? cfg_direct_ifindex : f->ifindex;
+	/* Kernels before 5.15 leave the input device in place when there is no neighbour. It is the
+	 * route's own device for this node's pods, whose addresses have no neighbour when nobody has them. */
+	hop->ifindex = f->ifindex;
+	if (f->ifindex == cfg_host_ifindex && action == ACTION_NEIGH && !(pods_known(p) && for_pods(p, dst)))
+		hop->ifindex = cfg_direct_ifindex;
 	if (hop->ifindex == cfg_host_ifindex)
 		return DROP(p, DROP_UNROUTABLE); /* a pod address of this node that nobody has */
 	__builtin_memcpy(&hop->dmac, f->dmac, ETH_ALEN);
@@ -131,6 +149,29 @@ static __always_inline void decide_egress(struct conn_dir *d, __u32 in, const st
 	d->dmac = hop->dmac;
 	d->smac = hop->smac;
 	d->deadline = ticks() + cfg_hz;
+}
+
+/* Through the tunnel. Which prefixes, and to where, the agent says: no route is asked. */
+static __always_inline void decide_tunnel(struct conn_dir *d, __u32 in, const struct addr *node, __u32 identity)
+{
+	__builtin_memset(d, 0, sizeof(*d));
+	d->in = in;
+	d->action = ACTION_TUNNEL;
+	d->out_ifindex = cfg_overlay_ifindex;
+	d->vni = identity;
+	d->node = *node;
+	d->deadline = ticks() + FOREVER;
+}
+
+/* tunnel_to: the row of a destination that is reached through the tunnel, else NULL. */
+static __always_inline struct ipcache_entry *tunnel_to(const struct addr *a)
+{
+	struct ipcache_entry *e;
+
+	if (!cfg_overlay_ifindex)
+		return NULL;
+	e = ipcache_of(a);
+	return e && (e->flags & IPCACHE_TUNNEL) ? e : NULL;
 }
 
 /* by_neighbour sends this one packet through the kernel's neighbour table, which

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/model"
@@ -23,10 +25,25 @@ const bpfRoot = "/sys/fs/bpf"
 // bench, so that its longest-prefix lookups have something to search.
 const strangers = 250
 
+// mode is how a cluster of Lash's is configured.
+type mode struct {
+	tunnel bool // VXLAN between nodes
+	legacy bool // host routing by the stack
+}
+
+var native = mode{}
+
+const (
+	tunnelDevice = "lash_vxlan"
+	tunnelPort   = 8472
+	tunnelMTU    = 1450
+)
+
 // lashNode is a node with Lash's datapath as its agent would leave it: the same
 // devices, routes, rows and programs, without Kubernetes.
 type lashNode struct {
 	*Node
+	mode     mode
 	host     *netdev.Host
 	datapath *datapath.Datapath
 	network  model.PodNetwork
@@ -44,20 +61,20 @@ type lashPod struct {
 	device       string // host side
 }
 
-// lash sets the cluster up once for all of Lash's paths.
-func (t *Topology) lash() (*lashCluster, error) {
-	if t.cluster != nil {
-		return t.cluster, nil
+// lash sets the cluster up once for all of the mode's paths.
+func (t *Topology) lash(m mode) (*lashCluster, error) {
+	if c := t.clusters[m]; c != nil {
+		return c, nil
 	}
 	a, b, err := t.Nodes()
 	if err != nil {
 		return nil, err
 	}
 	c := &lashCluster{}
-	if c.n, err = t.lashNode(a, b); err != nil {
+	if c.n, err = t.lashNode(m, a, b); err != nil {
 		return nil, fmt.Errorf("node 1: %w", err)
 	}
-	if c.m, err = t.lashNode(b, a); err != nil {
+	if c.m, err = t.lashNode(m, b, a); err != nil {
 		return nil, fmt.Errorf("node 2: %w", err)
 	}
 	for _, n := range []*lashNode{c.n, c.n, c.m} {
@@ -67,11 +84,11 @@ func (t *Topology) lash() (*lashCluster, error) {
 		}
 		c.pods = append(c.pods, p)
 	}
-	t.cluster = c
+	t.clusters[m] = c
 	return c, nil
 }
 
-func (t *Topology) lashNode(node, peer *Node) (*lashNode, error) {
+func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	ctx := context.Background()
 	host, err := netdev.OpenHostAt(node.Path())
 	if err != nil {
@@ -80,7 +97,7 @@ func (t *Topology) lashNode(node, peer *Node) (*lashNode, error) {
 	t.Defer(func() { host.Close() })
 	r4, r6 := node.Routers()
 	p4, p6 := node.Prefixes()
-	n := &lashNode{Node: node, host: host, network: model.PodNetwork{Router4: r4, Router6: r6, MTU: 1500}}
+	n := &lashNode{Node: node, mode: m, host: host, network: model.PodNetwork{Router4: r4, Router6: r6, MTU: 1500}}
 	base, err := host.EnsureBase(netdev.BaseConfig{Router4: r4, Router6: r6, MTU: n.network.MTU})
 	if err != nil {
 		return nil, err
@@ -90,13 +107,20 @@ func (t *Topology) lashNode(node, peer *Node) (*lashNode, error) {
 		return nil, err
 	}
 	index := eth0.Attrs().Index
+	tunnel := 0
+	if m.tunnel {
+		n.network.RouteMTU = tunnelMTU
+		if tunnel, err = node.addTunnel(); err != nil {
+			return nil, err
+		}
+	}
 	root := filepath.Join(bpfRoot, "lash-"+node.Name)
 	t.Defer(func() { os.RemoveAll(root) }) // unpins the links, which detaches
 	n.datapath, err = datapath.Open(datapath.Config{
 		Root: root, HostIfindex: base.HostIfindex, HostMAC: base.HostMAC, DirectIfindex: index,
 		Routers: []netip.Addr{r4, r6}, PodCIDRs: []netip.Prefix{p4, p6},
-		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.76.0.0/16"), netip.MustParsePrefix("fd00:76::/32")},
-		HostRouting: true, Masquerade4: true, Masquerade6: true,
+		NativeCIDRs:    []netip.Prefix{netip.MustParsePrefix("10.76.0.0/16"), netip.MustParsePrefix("fd00:76::/32")},
+		OverlayIfindex: tunnel, TunnelPort: tunnelPort, HostRouting: !m.legacy, Masquerade4: true, Masquerade6: true,
 	}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	if err != nil {
 		return nil, err
@@ -119,12 +143,34 @@ func (t *Topology) lashNode(node, peer *Node) (*lashNode, error) {
 		return nil, err
 	}
 	err = node.Do(func() error {
+		if tunnel != 0 {
+			if err := n.datapath.AttachOverlay(tunnel, tunnelDevice); err != nil {
+				return err
+			}
+		}
 		return errors.Join(n.datapath.AttachDevice(index, "eth0"), n.datapath.AttachHost(base.HostIfindex, netdev.HostDevice))
 	})
 	if err != nil {
 		return nil, err
 	}
 	return n, n.datapath.Raise("node set up")
+}
+
+// addTunnel makes the tunnel device.
+func (n *Node) addTunnel() (ifindex int, err error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = tunnelDevice, 1500
+	if err := n.nl.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, FlowBased: true, Port: tunnelPort}); err != nil {
+		return 0, fmt.Errorf("tunnel device: %w", err)
+	}
+	if err := n.SetUp(tunnelDevice); err != nil {
+		return 0, err
+	}
+	l, err := n.Link(tunnelDevice)
+	if err != nil {
+		return 0, err
+	}
+	return l.Attrs().Index, nil
 }
 
 // putIPCache writes what the agent would: nodes, their pods' networks, the world.
@@ -134,15 +180,18 @@ func (n *lashNode) putIPCache(ctx context.Context, peer *Node) error {
 		netip.PrefixFrom(netip.IPv6Unspecified(), 0): {Identity: model.IdentityWorld},
 	}
 	one := func(a netip.Addr, id model.Identity) {
-		rows[netip.PrefixFrom(a, a.BitLen())] = model.IPCacheEntry{Identity: id}
+		rows[netip.PrefixFrom(a, a.BitLen())] = model.IPCacheEntry{Identity: id, Peer: id == model.IdentityRemoteNode}
 	}
 	one(n.Addr4, model.IdentityHost)
 	one(n.Addr6, model.IdentityHost)
 	one(peer.Addr4, model.IdentityRemoteNode)
 	one(peer.Addr6, model.IdentityRemoteNode)
 	q4, q6 := peer.Prefixes()
-	rows[q4] = model.IPCacheEntry{Identity: model.IdentityWorld, Node: peer.Addr4}
-	rows[q6] = model.IPCacheEntry{Identity: model.IdentityWorld, Node: peer.Addr6}
+	rows[q4] = model.IPCacheEntry{Identity: model.IdentityWorld, Node: peer.Addr4, Tunnel: n.mode.tunnel}
+	rows[q6] = model.IPCacheEntry{Identity: model.IdentityWorld, Node: peer.Addr6, Tunnel: n.mode.tunnel}
+	if n.mode.tunnel {
+		rows[q6] = rows[q4] // the underlay is IPv4
+	}
 	for i := range strangers {
 		there := netip.AddrFrom4([4]byte{192, 168, 77, byte(i)})
 		one(there, model.IdentityRemoteNode)
@@ -160,6 +209,11 @@ func (n *lashNode) putRoutes(ctx context.Context, peer *Node) error {
 	p4, p6 := n.Prefixes()
 	q4, q6 := peer.Prefixes()
 	r4, r6 := n.Routers()
+	to4, to6 := model.Route{Via: peer.Addr4, Dev: "eth0", Scope: model.ScopeGlobal}, model.Route{Via: peer.Addr6, Dev: "eth0", Scope: model.ScopeGlobal}
+	if n.mode.tunnel {
+		to4 = model.Route{Via: r4, Dev: netdev.HostDevice, Src: r4, MTU: tunnelMTU, Scope: model.ScopeGlobal}
+		to6 = model.Route{Dev: netdev.HostDevice, Src: r6, MTU: tunnelMTU, Scope: model.ScopeLink}
+	}
 	for _, r := range []struct {
 		dst   netip.Prefix
 		route model.Route
@@ -167,8 +221,8 @@ func (n *lashNode) putRoutes(ctx context.Context, peer *Node) error {
 		{netip.PrefixFrom(r4, 32), model.Route{Dev: netdev.HostDevice, Scope: model.ScopeLink}},
 		{p4, model.Route{Via: r4, Dev: netdev.HostDevice, Src: r4, Scope: model.ScopeGlobal}},
 		{p6, model.Route{Dev: netdev.HostDevice, Src: r6, Scope: model.ScopeLink}},
-		{q4, model.Route{Via: peer.Addr4, Dev: "eth0", Scope: model.ScopeGlobal}},
-		{q6, model.Route{Via: peer.Addr6, Dev: "eth0", Scope: model.ScopeGlobal}},
+		{q4, to4},
+		{q6, to6},
 	} {
 		if err := n.host.Routes().Put(ctx, r.dst, r.route); err != nil {
 			return err
@@ -220,7 +274,7 @@ func (c *lashCluster) sweep(ctx context.Context) error {
 }
 
 func lashSame(t *Topology) (Pair, error) {
-	c, err := t.lash()
+	c, err := t.lash(native)
 	if err != nil {
 		return Pair{}, err
 	}
@@ -228,17 +282,19 @@ func lashSame(t *Topology) (Pair, error) {
 	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, nil
 }
 
-func lashAcross(t *Topology) (Pair, error) {
-	c, err := t.lash()
-	if err != nil {
-		return Pair{}, err
+func lashAcross(m mode) func(*Topology) (Pair, error) {
+	return func(t *Topology) (Pair, error) {
+		c, err := t.lash(m)
+		if err != nil {
+			return Pair{}, err
+		}
+		a, b := c.pods[0], c.pods[2]
+		return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, nil
 	}
-	a, b := c.pods[0], c.pods[2]
-	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, nil
 }
 
 func lashHost(t *Topology) (Pair, error) {
-	c, err := t.lash()
+	c, err := t.lash(native)
 	if err != nil {
 		return Pair{}, err
 	}

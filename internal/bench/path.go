@@ -15,6 +15,8 @@ const (
 	SameNode   = "same node"
 	AcrossNode = "between nodes"
 	HostToHost = "host to host"
+	Overlay    = "VXLAN"
+	Legacy     = "legacy"
 )
 
 // Path is one way for traffic to go, set up beside the others.
@@ -42,9 +44,11 @@ func Paths() []Path {
 		{Name: "routed-same", Group: SameNode, Against: Direct, Extra: true, Setup: routedSame},
 		{Name: Bare, Group: AcrossNode, Setup: bareNodes},
 		{Name: "limit-across", Group: AcrossNode, Against: Bare, Setup: limitAcross},
-		{Name: "lash-across", Group: AcrossNode, Against: Bare, Gated: true, Setup: lashAcross},
+		{Name: "lash-across", Group: AcrossNode, Against: Bare, Gated: true, Setup: lashAcross(native)},
 		{Name: "routed-across", Group: AcrossNode, Against: Bare, Extra: true, Setup: routedAcross},
 		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
+		{Name: "lash-vxlan", Group: Overlay, Against: Bare, Gated: true, Setup: lashAcross(mode{tunnel: true})},
+		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
 	}
 }
 

@@ -18,6 +18,12 @@ var references = map[string]map[string]reference{
 	AcrossNode: {
 		RR: {1.12, 1 / .67}, CRR: {.88, .18}, Stream: {.94, .80}, StreamX: {.94, .81},
 	},
+	Overlay: {
+		RR: {1.45, 1 / .40}, CRR: {1 / 1.53, .14}, Stream: {0, .52}, StreamX: {.74, .39},
+	},
+	Legacy: {
+		RR: {0, 1 / .44}, CRR: {0, .15}, Stream: {0, .62}, StreamX: {0, .53},
+	},
 	HostToHost: {
 		RR: {1, 1 / .61}, CRR: {1, .28}, Stream: {1, .78}, StreamX: {1, .73},
 	},
@@ -28,6 +34,7 @@ var references = map[string]map[string]reference{
 var gates = map[string]map[string]float64{
 	SameNode:   {RR: 1.10, CRR: .86, Stream: .92},
 	AcrossNode: {RR: 1.18, CRR: .76, Stream: .88},
+	Overlay:    {RR: 1.50, CRR: .58, Stream: .70, StreamX: .54},
 	HostToHost: {RR: 1.05, CRR: 1 / 1.05, Stream: 1 / 1.05},
 }
 

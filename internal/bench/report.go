@@ -203,6 +203,9 @@ func (r *Report) Print(w io.Writer) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	if err := r.printModes(w); err != nil {
+		return err
+	}
 	if len(r.Families) > 0 {
 		fmt.Fprintf(w, "\nIPv6 against IPv4, of the same round (gate: within %.0f %%, each family relative to its own baseline)\n", familyGate*100)
 		t = tabwriter.NewWriter(w, 2, 0, 2, ' ', tabwriter.AlignRight)
@@ -241,6 +244,42 @@ func (r *Report) Print(w io.Writer) error {
 	}
 	_, err := fmt.Fprintf(w, "\nbench: %d of %d gates kept\n", passed, gated)
 	return err
+}
+
+// printModes compares the ways between nodes with each other.
+func (r *Report) printModes(w io.Writer) error {
+	modes := []struct{ title, path string }{{"node", Bare}, {"VXLAN", "lash-vxlan"}, {"native", "lash-across"}, {"legacy", "lash-legacy"}}
+	ratios := map[string]map[string]float64{}
+	for _, x := range r.Results {
+		if x.Family == 4 {
+			if ratios[x.Kind] == nil {
+				ratios[x.Kind] = map[string]float64{}
+			}
+			ratios[x.Kind][x.Path] = x.Ratio
+		}
+	}
+	fmt.Fprintf(w, "\nBetween nodes, IPv4, as ratios to node to node\n")
+	t := tabwriter.NewWriter(w, 2, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprint(t, "kind\t")
+	for _, m := range modes {
+		fmt.Fprint(t, m.title, "\t")
+	}
+	fmt.Fprintln(t)
+	for _, kind := range Kinds {
+		if _, ok := ratios[kind][Bare]; !ok {
+			continue
+		}
+		fmt.Fprint(t, kind, "\t")
+		for _, m := range modes {
+			x := ratios[kind][m.path]
+			if m.path == Bare {
+				x = 1
+			}
+			fmt.Fprint(t, ratio(x), "\t")
+		}
+		fmt.Fprintln(t)
+	}
+	return t.Flush()
 }
 
 func (r *Report) verdicts() []string {

@@ -216,7 +216,7 @@ func (b *bed) rounds(ctx context.Context, o Options) ([]Cell, error) {
 				cells = append(cells, *c)
 			}
 		}
-		if c := b.topology.cluster; c != nil {
+		for _, c := range b.topology.clusters {
 			if err := c.sweep(ctx); err != nil {
 				return cells, err
 			}
@@ -259,7 +259,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		return nil, err
 	}
 	report := newReport(o, b, cells, programs)
-	if c := b.topology.cluster; c != nil {
+	if c := b.topology.clusters[native]; c != nil {
 		if report.Lookups, err = c.lookups(); err != nil {
 			return nil, err
 		}

@@ -12,11 +12,11 @@ import (
 
 // Topology is a switch and what the paths connect to it. Close removes all.
 type Topology struct {
-	sw      *Netns
-	all     []*Netns
-	nodes   int
-	undo    []func()
-	cluster *lashCluster // if a path of Lash's is among those set up
+	sw       *Netns
+	all      []*Netns
+	nodes    int
+	undo     []func()
+	clusters map[mode]*lashCluster // of the paths of Lash's that are set up
 }
 
 // Node is a network namespace with eth0 on the switch.
@@ -35,7 +35,7 @@ type Pair struct {
 
 // NewTopology makes the switch: a bridge in a namespace of its own.
 func NewTopology() (*Topology, error) {
-	t := &Topology{}
+	t := &Topology{clusters: map[mode]*lashCluster{}}
 	sw, err := t.netns("lb-switch")
 	if err != nil {
 		return nil, err

@@ -28,9 +28,10 @@ type hook struct {
 }
 
 var (
-	podHooks    = []hook{{"from_container", ebpf.AttachTCXIngress}, {"to_container", ebpf.AttachTCXEgress}}
+	podHooks    = []hook{{"from_container", ebpf.AttachTCXIngress}}
 	deviceHooks = []hook{{"from_netdev", ebpf.AttachTCXIngress}, {"to_netdev", ebpf.AttachTCXEgress}}
 	hostHooks   = []hook{{"from_host", ebpf.AttachTCXEgress}}
+	tunnelHooks = []hook{{"from_overlay", ebpf.AttachTCXIngress}}
 )
 
 // AttachPod attaches the pods' programs to the host side of a veth pair, or replaces
@@ -57,6 +58,16 @@ func (d *Datapath) DetachDevice(ifindex int, name string) error {
 // AttachHost does the same for lash_host.
 func (d *Datapath) AttachHost(ifindex int, name string) error {
 	return d.attach(ifindex, name, hostHooks)
+}
+
+// AttachOverlay does the same for the tunnel device.
+func (d *Datapath) AttachOverlay(ifindex int, name string) error {
+	return d.attach(ifindex, name, tunnelHooks)
+}
+
+// DetachOverlay removes what AttachOverlay attached.
+func (d *Datapath) DetachOverlay(ifindex int, name string) error {
+	return d.detach(ifindex, name, tunnelHooks)
 }
 
 func (d *Datapath) attach(ifindex int, name string, hooks []hook) error {
@@ -252,7 +263,7 @@ func (d *Datapath) Attachments() ([]string, [][]string, error) {
 }
 
 func directionOf(program string) string {
-	for _, hooks := range [][]hook{podHooks, deviceHooks, hostHooks} {
+	for _, hooks := range [][]hook{podHooks, deviceHooks, hostHooks, tunnelHooks} {
 		for _, h := range hooks {
 			if h.program == program && h.attach == ebpf.AttachTCXEgress {
 				return "egress"

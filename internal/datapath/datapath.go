@@ -21,7 +21,7 @@ import (
 
 // Config becomes load-time constants and map sizes.
 type Config struct {
-	Root string // directory on a bpffs; maps, links below it
+	Root string // directory on a bpffs; maps, links below it. Empty: nothing is pinned, for test runs of the programs
 
 	HostIfindex   int // lash_host
 	HostMAC       model.MAC
@@ -29,6 +29,9 @@ type Config struct {
 	Routers       []netip.Addr
 	PodCIDRs      []netip.Prefix // of this node; more than one of a family: every packet is looked up
 	NativeCIDRs   []netip.Prefix // at most one a family; never masqueraded
+
+	OverlayIfindex int    // the tunnel device; 0: there is none
+	TunnelPort     uint16 // its UDP port
 
 	HostRouting bool // BPF host routing; false: legacy
 	Masquerade4 bool
@@ -73,6 +76,9 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	}
 	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, ifaces: map[uint32]bpf.Iface{}}
 	for _, dir := range []string{d.mapDir(), d.linkDir()} {
+		if cfg.Root == "" {
+			break
+		}
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("bpf-root %s: %w (is a bpffs mounted there?)", cfg.Root, err)
 		}
@@ -112,6 +118,12 @@ func (d *Datapath) Close() error {
 	return nil
 }
 
+// Program is a loaded program by name, for test runs. Nil: there is none.
+func (d *Datapath) Program(name string) *ebpf.Program { return d.programs[name] }
+
+// Map is a map by name, for tests that look at rows. Nil: there is none.
+func (d *Datapath) Map(name string) *ebpf.Map { return d.maps[name] }
+
 // Features are what this kernel was found to have.
 func (d *Datapath) Features() Features { return d.features }
 
@@ -125,19 +137,21 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 	}
 	ticks := func(t time.Duration) uint32 { return uint32(t/time.Second) * hz }
 	c := &bpf.Constants{
-		HZ:            hz,
-		CTTCPTicks:    ticks(lifetimeTCP),
-		CTSYNTicks:    ticks(lifetimeSYN),
-		CTCloseTicks:  ticks(lifetimeClose),
-		CTAnyTicks:    ticks(lifetimeAny),
-		HostIfindex:   uint32(d.cfg.HostIfindex),
-		DirectIfindex: uint32(d.cfg.DirectIfindex),
-		HostRouting:   d.cfg.HostRouting,
-		Masquerade4:   d.cfg.Masquerade4,
-		Masquerade6:   d.cfg.Masquerade6,
-		SNATMin:       uint32(d.cfg.SNATMin),
-		SNATMax:       uint32(d.cfg.SNATMax),
-		HaveSetRetval: d.features.SetRetval,
+		HZ:             hz,
+		CTTCPTicks:     ticks(lifetimeTCP),
+		CTSYNTicks:     ticks(lifetimeSYN),
+		CTCloseTicks:   ticks(lifetimeClose),
+		CTAnyTicks:     ticks(lifetimeAny),
+		HostIfindex:    uint32(d.cfg.HostIfindex),
+		DirectIfindex:  uint32(d.cfg.DirectIfindex),
+		OverlayIfindex: uint32(d.cfg.OverlayIfindex),
+		TunnelPort:     uint32(d.cfg.TunnelPort),
+		HostRouting:    d.cfg.HostRouting,
+		Masquerade4:    d.cfg.Masquerade4,
+		Masquerade6:    d.cfg.Masquerade6,
+		SNATMin:        uint32(d.cfg.SNATMin),
+		SNATMax:        uint32(d.cfg.SNATMax),
+		HaveSetRetval:  d.features.SetRetval,
 	}
 	for i, b := range d.cfg.HostMAC {
 		c.HostMAC |= uint64(b) << (8 * i)
@@ -228,6 +242,9 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	case "lash_backends":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
 	}
+	if d.cfg.Root == "" {
+		return newMap(name, spec)
+	}
 	path := filepath.Join(d.mapDir(), name)
 	m, err := ebpf.LoadPinnedMap(path, nil)
 	if err == nil {
@@ -242,12 +259,20 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("open map %s: %w", path, err)
 	}
-	if m, err = ebpf.NewMap(spec); err != nil {
-		return nil, fmt.Errorf("create map %s (%d entries): %w", name, spec.MaxEntries, err)
+	if m, err = newMap(name, spec); err != nil {
+		return nil, err
 	}
 	if err := m.Pin(path); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("pin map %s: %w", path, err)
+	}
+	return m, nil
+}
+
+func newMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("create map %s (%d entries): %w", name, spec.MaxEntries, err)
 	}
 	return m, nil
 }

@@ -38,9 +38,13 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "ipcache":
 		columns = []string{"IP PREFIX/ADDRESS", "IDENTITY"}
 		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
-			node, flags := netip.IPv4Unspecified(), "<none>"
+			node := netip.IPv4Unspecified()
 			if n := v.Node.Addr(); n.IsValid() {
-				node, flags = n, "hastunnel"
+				node = n
+			}
+			flags := "<none>"
+			if v.Flags&bpf.IPCacheTunnel != 0 {
+				flags = "hastunnel"
 			}
 			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
@@ -100,7 +104,7 @@ func sides(k bpf.ConnKey, c bpf.Conn) (initiator, peer netip.AddrPort) {
 }
 
 var actionNames = [...]string{
-	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour",
+	bpf.ActionNone: "undecided", bpf.ActionPeer: "pod", bpf.ActionEgress: "redirect", bpf.ActionHost: "host", bpf.ActionPass: "stack", bpf.ActionNeigh: "neighbour", bpf.ActionTunnel: "tunnel",
 }
 
 func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
@@ -144,7 +148,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 }
 
 var hookNames = [bpf.Hooks]string{
-	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookPodIn: "to-container", bpf.HookSock: "sock",
+	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -162,7 +166,8 @@ var dropNames = map[uint8]string{
 	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
 	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
 	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
-	bpf.DropNoEndpoint: "Endpoint program not available",
+	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
+	bpf.DropVLAN: "VLAN traffic disallowed by VLAN filter", bpf.DropNoEndpoint: "Endpoint program not available",
 }
 
 // DropName is the text of a drop reason, as the field's tools print it.
@@ -174,7 +179,7 @@ func DropName(reason uint8) string {
 }
 
 var fileNames = map[uint8]string{
-	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileParse: "parse.h",
+	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileOverlay: "overlay.c", bpf.FileParse: "parse.h",
 	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
 }
 

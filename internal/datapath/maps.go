@@ -31,7 +31,10 @@ func (d *Datapath) Services() reconcile.Target[model.Frontend, model.FrontendEnt
 func (d *Datapath) Devices() reconcile.Target[int, model.Device] { return devices{d} }
 
 // SameIPCache compares what the datapath has of two rows.
-func SameIPCache(a, b model.IPCacheEntry) bool { return a.Identity == b.Identity && a.Node == b.Node }
+func SameIPCache(a, b model.IPCacheEntry) bool {
+	a.Source, b.Source = "", ""
+	return a == b
+}
 
 // SameService compares what the datapath has of two rows.
 func SameService(a, b model.FrontendEntry) bool {
@@ -162,13 +165,21 @@ type ipcache struct{ d *Datapath }
 func (t ipcache) List(context.Context) (map[netip.Prefix]model.IPCacheEntry, error) {
 	rows := map[netip.Prefix]model.IPCacheEntry{}
 	err := list(t.d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
-		rows[k.Prefix()] = model.IPCacheEntry{Identity: model.Identity(v.Identity), Node: v.Node.Addr()}
+		rows[k.Prefix()] = model.IPCacheEntry{
+			Identity: model.Identity(v.Identity), Node: v.Node.Addr(), Tunnel: v.Flags&bpf.IPCacheTunnel != 0, Peer: v.Flags&bpf.IPCachePeer != 0,
+		}
 	})
 	return rows, err
 }
 
 func (t ipcache) Put(_ context.Context, p netip.Prefix, v model.IPCacheEntry) error {
 	row := bpf.IPCacheEntry{Identity: uint32(v.Identity), Node: bpf.AddrFrom(v.Node)}
+	if v.Tunnel {
+		row.Flags |= bpf.IPCacheTunnel
+	}
+	if v.Peer {
+		row.Flags |= bpf.IPCachePeer
+	}
 	if err := t.d.maps["lash_ipcache"].Put(bpf.IPCacheKeyFrom(p), &row); err != nil {
 		return fmt.Errorf("ipcache %s: %w", p, err)
 	}

@@ -89,7 +89,7 @@ func NewClient(cfg *rest.Config) (*Client, error) {
 	}
 	// A node whose pods all come at once writes an identity and a CiliumEndpoint for each.
 	writes := rest.CopyConfig(cfg)
-	writes.QPS, writes.Burst = 100, 200
+	writes.QPS, writes.Burst = 200, 400
 	if c.cilium, err = v2.New(writes); err != nil {
 		return nil, err
 	}

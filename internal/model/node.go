@@ -43,6 +43,8 @@ func firstAddr(addrs []netip.Addr, v4 bool) netip.Addr {
 type IPCacheEntry struct {
 	Identity Identity
 	Node     netip.Addr // address of the node that has the prefix; invalid for this node and for the world
+	Tunnel   bool       // packets to the prefix are encapsulated to Node
+	Peer     bool       // an address of another node itself: it may send encapsulated packets
 	Source   string
 }
 

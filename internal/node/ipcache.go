@@ -54,19 +54,16 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 			add(single(a), ep.Identity, netip.Addr{}, sourceEndpoint)
 		}
 	}
-	for _, a := range apiServers {
-		id := model.IdentityOutsideKubeAPIServer
-		if slices.ContainsFunc(nodes, func(n model.Node) bool { return slices.Contains(n.Addrs, a) }) {
-			id = model.IdentityKubeAPIServer
-		}
-		add(single(a), id, netip.Addr{}, sourceAPIServer)
-	}
 	for _, n := range nodes {
 		if n.Local {
 			continue
 		}
 		for _, a := range n.Addrs {
-			add(single(a), model.IdentityRemoteNode, netip.Addr{}, sourceNode)
+			id := model.IdentityRemoteNode
+			if slices.Contains(apiServers, a) {
+				id = model.IdentityKubeAPIServer
+			}
+			add(single(a), id, netip.Addr{}, sourceNode)
 		}
 		for _, a := range n.Routers {
 			add(single(a), model.IdentityRemoteNode, nodeAddr(n, a), sourceNode)
@@ -74,6 +71,9 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 		for _, c := range n.PodCIDRs {
 			add(c.Masked(), model.IdentityWorld, nodeAddr(n, c.Addr()), sourceNode)
 		}
+	}
+	for _, a := range apiServers {
+		add(single(a), model.IdentityOutsideKubeAPIServer, netip.Addr{}, sourceAPIServer)
 	}
 	add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
 	add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)

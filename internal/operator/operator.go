@@ -174,7 +174,14 @@ func (o *Operator) lead(ctx context.Context, clientset kubernetes.Interface) err
 	}
 	var gc sync.WaitGroup
 	defer gc.Wait()
-	gc.Go(func() { o.loop(ctx, newGCPass(o.log, o.config, apiObjects{cilium, clientset}), nil, &o.gcBegan) })
+	// Collection has a rate of its own: thousands of identities go at once when a big deployment is relabelled.
+	gcConfig := rest.CopyConfig(o.rest)
+	gcConfig.QPS, gcConfig.Burst = 200, 400
+	gcCilium, err := v2.New(gcConfig)
+	if err != nil {
+		return err
+	}
+	gc.Go(func() { o.loop(ctx, newGCPass(o.log, o.config, apiObjects{gcCilium, clientset}), nil, &o.gcBegan) })
 	o.loop(ctx, newNodesPass(o.log, o.config, c, cilium.Nodes), c.changed, &o.nodesBegan)
 	return nil
 }

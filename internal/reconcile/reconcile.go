@@ -12,6 +12,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -301,25 +302,28 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 // each calls do for every key until ctx ends, as many at a time as Parallel says, and yields what became of each.
 func (l *Loop[K, V]) each(ctx context.Context, keys []K, do func(K) error) iter.Seq2[K, error] {
 	return func(yield func(K, error) bool) {
-		width := max(l.cfg.Parallel, 1)
-		errs := make([]error, width)
-		for batch := range slices.Chunk(keys, width) {
-			if ctx.Err() != nil {
-				return
-			}
-			if width == 1 {
-				errs[0] = do(batch[0])
-			} else {
-				var wg sync.WaitGroup
-				for i, k := range batch {
-					wg.Go(func() { errs[i] = do(k) })
-				}
-				wg.Wait()
-			}
-			for i, k := range batch {
-				if !yield(k, errs[i]) {
+		if l.cfg.Parallel <= 1 {
+			for _, k := range keys {
+				if ctx.Err() != nil || !yield(k, do(k)) {
 					return
 				}
+			}
+			return
+		}
+		errs, tried := make([]error, len(keys)), make([]bool, len(keys))
+		var next atomic.Int64
+		var wg sync.WaitGroup
+		for range min(l.cfg.Parallel, len(keys)) {
+			wg.Go(func() {
+				for i := next.Add(1) - 1; i < int64(len(keys)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+					errs[i], tried[i] = do(keys[i]), true
+				}
+			})
+		}
+		wg.Wait()
+		for i, k := range keys {
+			if tried[i] && !yield(k, errs[i]) {
+				return
 			}
 		}
 	}

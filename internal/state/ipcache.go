@@ -30,8 +30,12 @@ func (t *Tables) Addresses(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEn
 		}
 	}
 	rows := make(map[netip.Prefix]model.IPCacheEntry, t.IPCache.NumObjects(txn)+2*t.CiliumEndpoints.NumObjects(txn))
+	tunnelled := map[netip.Addr]bool{} // nodes: their pods are reached as their pod CIDRs are
 	for r := range t.IPCache.All(txn) {
 		rows[r.Prefix] = r.IPCacheEntry
+		if r.Tunnel {
+			tunnelled[r.Node] = true
+		}
 	}
 	contested := map[netip.Addr]CiliumEndpoint{}
 	each := func(f func(CiliumEndpoint, netip.Addr)) {
@@ -44,7 +48,8 @@ func (t *Tables) Addresses(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEn
 		}
 	}
 	put := func(r CiliumEndpoint, a netip.Addr) {
-		rows[netip.PrefixFrom(a, a.BitLen())] = model.IPCacheEntry{Identity: r.Identity, Node: nodeFor(nodes, r.Node, a), Source: SourceCiliumEndpoint}
+		node := nodeFor(nodes, r.Node, a)
+		rows[netip.PrefixFrom(a, a.BitLen())] = model.IPCacheEntry{Identity: r.Identity, Node: node, Tunnel: tunnelled[node], Source: SourceCiliumEndpoint}
 	}
 	each(func(r CiliumEndpoint, a netip.Addr) {
 		switch have, ok := rows[netip.PrefixFrom(a, a.BitLen())]; {

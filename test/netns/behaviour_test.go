@@ -5,6 +5,7 @@ package netns
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strconv"
@@ -55,40 +56,75 @@ func TestBPFHostRoutingBypassesTheStack(t *testing.T) {
 	}
 }
 
+// The node knows no neighbour, and a burst goes out before the first one has answered.
 func TestColdNeighbourLosesNoPacket(t *testing.T) {
 	c := newCluster(t, options{podsPerNode: 1})
 	a, far := c.nodes[0].pods[0], c.nodes[1].pods[0]
 	for _, dst := range []netip.Addr{far.ip4, far.ip6} {
 		for _, n := range c.nodes {
-			ip(t, n.ns, "neigh flush all")
+			ip(t, n.ns, "neigh flush dev eth0")
+			if known := testutil.In(t, n.ns, "ip", "neigh", "show", "dev", "eth0"); strings.Contains(known, "lladdr") {
+				t.Fatalf("node %d still knows %s", n.n, known)
+			}
 		}
-		if out, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "3", dst.String()); err != nil {
-			t.Errorf("first packet to %s: %v\n%s", dst, err, out)
+		if out, err := try(a.ns, "ping", "-n", "-c", "3", "-l", "3", "-W", "3", dst.String()); err != nil || !strings.Contains(out, " 0% packet loss") {
+			t.Errorf("first packets to %s: %v\n%s", dst, err, out)
 		}
 	}
 }
 
+// A connection that is established follows the node's routes as soon as its decision is due, about a second: without
+// any agent that could tell it.
 func TestRouteChangedByHandIsFollowed(t *testing.T) {
 	c := newCluster(t, options{podsPerNode: 1})
 	n1, n2 := c.nodes[0], c.nodes[1]
 	a, far := n1.pods[0], n2.pods[0]
-	reach := func() bool {
-		_, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "1", far.ip4.String())
-		return err == nil
-	}
-	until := func(want bool) {
-		t.Helper()
-		for deadline := time.Now().Add(5 * time.Second); reach() != want; {
-			if time.Now().After(deadline) {
-				t.Fatalf("reachable: %v for 5 s after the change", !want)
+	for _, tc := range []struct {
+		dst         netip.Addr
+		cidr        netip.Prefix
+		right, away string
+	}{{far.ip4, n2.cidr4(), n2.ip4.String(), "172.18.0.99"}, {far.ip6, n2.cidr6(), n2.ip6.String(), "fd18::99"}} {
+		at := serve(t, far.ns, tc.dst)
+		if err := inNS(a.ns, func() error {
+			u, err := net.Dial("udp", at.String())
+			if err != nil {
+				return err
 			}
+			defer u.Close()
+			reach := func() bool {
+				for buf := make([]byte, 16); ; {
+					u.SetDeadline(time.Now().Add(200 * time.Millisecond))
+					if _, err := u.Write([]byte("hello")); err != nil {
+						continue // what the stack says about the one before
+					}
+					_, err := u.Read(buf)
+					return err == nil
+				}
+			}
+			until := func(want bool) error {
+				for deadline := time.Now().Add(4 * time.Second); reach() != want; {
+					if time.Now().After(deadline) {
+						return fmt.Errorf("%s reachable: %v, 4 s after the change", tc.dst, !want)
+					}
+				}
+				return nil
+			}
+			if err := until(true); err != nil {
+				return err
+			}
+			for _, via := range []string{tc.away, tc.right} {
+				if out, err := try(n1.ns, "ip", "route", "replace", tc.cidr.String(), "via", via, "dev", "eth0"); err != nil {
+					return fmt.Errorf("route via %s: %w\n%s", via, err, out)
+				}
+				if err := until(via == tc.right); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
 		}
 	}
-	until(true)
-	ip(t, n1.ns, fmt.Sprintf("route replace %s via 172.18.0.99 dev eth0", n2.cidr4()))
-	until(false)
-	ip(t, n1.ns, fmt.Sprintf("route replace %s via %s dev eth0", n2.cidr4(), n2.ip4))
-	until(true)
 }
 
 func TestStackAnswersWhatCannotGoOn(t *testing.T) {

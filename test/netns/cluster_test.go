@@ -73,6 +73,9 @@ type pod struct {
 	ip4, ip6 netip.Addr
 	name     string
 	ifindex  int
+	mac      model.MAC
+	nodeMAC  model.MAC // of the host side
+	identity model.Identity
 }
 
 type node struct {
@@ -90,7 +93,23 @@ type cluster struct {
 
 type options struct {
 	legacy, noTCX bool
+	tunnel        string // "": native routing; else the tunnel's kind
+	underlay6     bool   // the tunnel's outer packets are IPv6
 	podsPerNode   int
+}
+
+// tunnelPorts are the tunnels' usual ports.
+var tunnelPorts = map[string]uint16{"vxlan": 8472, "geneve": 6081}
+
+// routeMTU is what a pod's route leaves room for.
+func (o options) routeMTU() int {
+	switch {
+	case o.tunnel == "":
+		return 1500
+	case o.underlay6:
+		return 1430
+	}
+	return 1450
 }
 
 func addr(format string, args ...any) netip.Addr {
@@ -151,15 +170,24 @@ func (nd *node) setUp(t *testing.T, c *cluster, o options) {
 		fmt.Sprintf("route add %s dev lash_host", nd.router4()),
 		fmt.Sprintf("route add %s via %s dev lash_host src %s", nd.cidr4(), nd.router4(), nd.router4()),
 		fmt.Sprintf("route add %s dev lash_host src %s", nd.cidr6(), nd.router6()))
+	if o.tunnel != "" {
+		ip(t, nd.ns, "link add lash_tunnel type "+o.tunnel+" external "+map[string]string{"vxlan": "dstport 8472 nolearning udp6zerocsumrx", "geneve": "udp6zerocsumrx"}[o.tunnel],
+			"link set lash_tunnel mtu 1500 up")
+	}
 	for _, other := range c.nodes {
-		if other != nd {
+		switch {
+		case other == nd:
+		case o.tunnel != "":
+			ip(t, nd.ns, fmt.Sprintf("route add %s via %s dev lash_host src %s mtu %d", other.cidr4(), nd.router4(), nd.router4(), o.routeMTU()),
+				fmt.Sprintf("route add %s dev lash_host src %s mtu %d", other.cidr6(), nd.router6(), o.routeMTU()))
+		default:
 			ip(t, nd.ns, fmt.Sprintf("route add %s via %s dev eth0", other.cidr4(), other.ip4), fmt.Sprintf("route add %s via %s dev eth0", other.cidr6(), other.ip6))
 		}
 	}
 	testutil.In(t, nd.ns, "sh", "-c", "for k in net/ipv4/ip_forward net/ipv6/conf/all/forwarding net/ipv4/conf/all/rp_filter; do echo 1 > /proc/sys/$k; done")
 	nd.do(t, "datapath", func() error { return nd.open(c, o) })
 	for i := range o.podsPerNode {
-		nd.addPod(t, i+10)
+		nd.addPod(t, i+10, o.routeMTU())
 	}
 }
 
@@ -180,7 +208,14 @@ func (nd *node) open(c *cluster, o options) error {
 	if err != nil {
 		return err
 	}
+	overlay := 0
+	if o.tunnel != "" {
+		if overlay, _, err = linkOf("lash_tunnel"); err != nil {
+			return err
+		}
+	}
 	nd.dp, err = datapath.Open(datapath.Config{
+		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel],
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
@@ -201,9 +236,26 @@ func (nd *node) open(c *cluster, o options) error {
 			id = model.IdentityHost
 		}
 		for _, a := range []netip.Addr{other.ip4, other.ip6} {
-			if err := nd.dp.IPCache().Put(ctx, netip.PrefixFrom(a, a.BitLen()), model.IPCacheEntry{Identity: id}); err != nil {
+			if err := nd.dp.IPCache().Put(ctx, netip.PrefixFrom(a, a.BitLen()), model.IPCacheEntry{Identity: id, Peer: other != nd}); err != nil {
 				return err
 			}
+		}
+		if other == nd || o.tunnel == "" {
+			continue
+		}
+		node := other.ip4
+		if o.underlay6 {
+			node = other.ip6
+		}
+		for _, p := range []netip.Prefix{other.cidr4(), other.cidr6()} {
+			if err := nd.dp.IPCache().Put(ctx, p, model.IPCacheEntry{Identity: model.IdentityWorld, Node: node, Tunnel: true}); err != nil {
+				return err
+			}
+		}
+	}
+	if overlay != 0 {
+		if err := nd.dp.AttachOverlay(overlay, "lash_tunnel"); err != nil {
+			return err
 		}
 	}
 	if err := nd.dp.Devices().Put(ctx, eth0, model.Device{Ifindex: eth0, MAC: ethMAC, MTU: 1500, IPv4: nd.ip4, IPv6: nd.ip6}); err != nil {
@@ -215,13 +267,16 @@ func (nd *node) open(c *cluster, o options) error {
 	return nd.dp.AttachHost(host, "lash_host")
 }
 
-func (nd *node) addPod(t *testing.T, last int) *pod {
+// identity is a number of its own for each pod.
+func (nd *node) identity(last int) model.Identity { return model.Identity(1000*nd.n + last) }
+
+func (nd *node) addPod(t *testing.T, last, mtu int) *pod {
 	t.Helper()
 	p := &pod{ns: testutil.Netns(t), ip4: addr("10.0.%d.%d", nd.n, last), ip6: addr("fd00:0:0:%d::%x", nd.n, last), name: fmt.Sprintf("lxc%d", last)}
 	ip(t, nd.ns, fmt.Sprintf("link add %s type veth peer name eth0 netns %s", p.name, testutil.NetnsPath(p.ns)), "link set "+p.name+" up")
 	ip(t, p.ns, "link set lo up", fmt.Sprintf("addr add %s/32 dev eth0", p.ip4), fmt.Sprintf("addr add %s/128 dev eth0 nodad", p.ip6), "link set eth0 up",
-		fmt.Sprintf("route add %s dev eth0 scope link", nd.router4()), fmt.Sprintf("route add default via %s dev eth0", nd.router4()),
-		fmt.Sprintf("route add %s dev eth0", nd.router6()), fmt.Sprintf("route add default via %s dev eth0", nd.router6()))
+		fmt.Sprintf("route add %s dev eth0 scope link", nd.router4()), fmt.Sprintf("route add default via %s dev eth0 mtu %d", nd.router4(), mtu),
+		fmt.Sprintf("route add %s dev eth0", nd.router6()), fmt.Sprintf("route add default via %s dev eth0 mtu %d", nd.router6(), mtu))
 	// Not from sysfs: that shows the namespace of who mounted it.
 	_, after, _ := strings.Cut(testutil.In(t, p.ns, "ip", "-o", "link", "show", "eth0"), "link/ether ")
 	mac, err := model.ParseMAC(strings.Fields(after)[0])
@@ -233,8 +288,8 @@ func (nd *node) addPod(t *testing.T, last int) *pod {
 		if err != nil {
 			return err
 		}
-		p.ifindex = ifindex
-		row := model.LocalAddr{EndpointID: uint16(last), Ifindex: ifindex, Identity: 1000, MAC: mac, NodeMAC: nodeMAC}
+		p.ifindex, p.mac, p.nodeMAC, p.identity = ifindex, mac, nodeMAC, nd.identity(last)
+		row := model.LocalAddr{EndpointID: uint16(last), Ifindex: ifindex, Identity: nd.identity(last), MAC: mac, NodeMAC: nodeMAC}
 		for _, a := range []netip.Addr{p.ip4, p.ip6} {
 			if err := nd.dp.Endpoints().Put(context.Background(), a, row); err != nil {
 				return err

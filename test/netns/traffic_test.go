@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lash-net/lash/internal/testutil"
 )
 
 // inNS runs f on a thread in the namespace.
@@ -142,6 +144,23 @@ func TestTrafficLegacyHostRouting(t *testing.T) {
 }
 func TestTrafficClsact(t *testing.T) { testTraffic(t, options{podsPerNode: 2, noTCX: true}) }
 
+func TestTrafficVXLAN(t *testing.T) { testTraffic(t, options{podsPerNode: 2, tunnel: "vxlan"}) }
+func TestTrafficVXLANLegacyHostRouting(t *testing.T) {
+	testTraffic(t, options{podsPerNode: 2, tunnel: "vxlan", legacy: true})
+}
+func TestTrafficVXLANOverIPv6(t *testing.T) {
+	testTraffic(t, options{podsPerNode: 2, tunnel: "vxlan", underlay6: true})
+}
+
+func TestTrafficGeneve(t *testing.T) {
+	ns := testutil.Netns(t)
+	if out, err := try(ns, "ip", "link", "add", "probe", "type", "geneve", "external"); err != nil {
+		t.Skipf("this kernel has no geneve: %s", out)
+	}
+	ip(t, ns, "link del probe")
+	testTraffic(t, options{podsPerNode: 2, tunnel: "geneve"})
+}
+
 func testTraffic(t *testing.T, o options) {
 	c := newCluster(t, o)
 	a, b, far := c.nodes[0].pods[0], c.nodes[0].pods[1], c.nodes[1].pods[0]
@@ -158,6 +177,11 @@ func testTraffic(t *testing.T, o options) {
 		{"node to its pod", c.nodes[0].ns, b.ns, b.ip4, b.ip6, c.nodes[0].router4(), c.nodes[0].router6()},
 		{"node to a pod elsewhere", c.nodes[0].ns, far.ns, far.ip4, far.ip6, c.nodes[0].ip4, c.nodes[0].ip6},
 		{"pod to outside, masqueraded", b.ns, c.outside, addr(outside4), addr(outside6), c.nodes[0].ip4, c.nodes[0].ip6},
+	}
+	if o.tunnel != "" {
+		// The network does not know pods: another node sees the node, and a node uses its router address.
+		cases[3].seen4, cases[3].seen6 = c.nodes[0].ip4, c.nodes[0].ip6
+		cases[5].seen4, cases[5].seen6 = c.nodes[0].router4(), c.nodes[0].router6()
 	}
 	served := map[netip.Addr]netip.AddrPort{}
 	for _, tc := range cases {

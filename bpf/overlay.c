@@ -1,0 +1,126 @@
+//go:build ignore
+
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The tunnel device, ingress: what other nodes send encapsulated, decapsulated by the
+ * kernel. The VNI is the sender's identity. */
+#include "lib/route.h"
+
+#define FILE_ID FILE_OVERLAY
+
+#define IDENTITY_MAX 65535
+
+/* from_node: only nodes of the cluster may encapsulate, and they name an identity.
+ * node receives the sender's address. 0 or a drop reason. */
+static __noinline int from_node(struct __sk_buff *skb, struct pkt *p, struct addr *node)
+{
+	struct ipcache_entry *e;
+	__u32 vni = 0;
+
+	if (tunnel_sender(skb, node, &vni))
+		return DROP(p, DROP_TUNNEL_KEY);
+	e = ipcache_of(node);
+	if (!e || !(e->flags & IPCACHE_PEER))
+		return DROP(p, DROP_UNKNOWN_SENDER);
+	if (vni == IDENTITY_UNKNOWN || vni > IDENTITY_MAX)
+		return DROP(p, DROP_INVALID_IDENTITY);
+	return 0;
+}
+
+static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	__u32 epoch = current_epoch(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *forth, *back, *d;
+	struct endpoint *ep, *src;
+	struct addr node = {};
+	bool from_hi, orig;
+	struct conn *c;
+	int action, err;
+
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
+	err = from_node(skb, p, &node);
+	if (err)
+		return err;
+	src = endpoint_of(&p->src);
+	if (src)
+		return DROP(p, DROP_INVALID_SOURCE); /* what lives on this node does not come from another */
+	ep = endpoint_of(&p->dst);
+	if (!ep)
+		return DROP(p, DROP_UNROUTABLE);
+	if (!cfg_host_routing && !(ep->flags & ENDPOINT_HOST)) {
+		/* The stack routes it to lash_host, where the connection is kept. */
+		count(HOOK_OVERLAY, why, skb->len);
+		action = to_host(skb, p);
+		return action == -1 ? DROP(p, DROP_WRITE) : action;
+	}
+	if (p->flags & PKT_FRAGMENT) {
+		err = fragment_ports(p);
+		if (err)
+			return err;
+	}
+	from_hi = pkt_key(&scratch->key, p);
+	c = conn_open(skb, p, &scratch->key, from_hi, &err);
+	if (!c)
+		return err;
+	orig = conn_from_initiator(c, from_hi);
+
+	/* Ingress policy comes in here. */
+
+	forth = &scratch->conn.orig; /* free again: conn_open has copied it */
+	back = &scratch->conn.reply;
+	__builtin_memset(forth, 0, sizeof(*forth));
+	if (ep->flags & ENDPOINT_HOST) {
+		decide_stack(forth, IN_OVERLAY, ACTION_HOST, FOREVER);
+		decide_tunnel(back, IN_HOST, &node, IDENTITY_HOST);
+	} else {
+		decide_pod(forth, IN_OVERLAY, ep, DIR_TTL);
+		decide_tunnel(back, ep->ifindex, &node, ep->identity);
+	}
+	d = orig ? &c->orig : &c->reply;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_OVERLAY, p->ttl <= 1 && (forth->flags & DIR_TTL) ? SLOW_TTL : why, skb->len);
+	dir_publish(d, forth, epoch);
+	/* The answer goes back to the node that this came from, while the ipcache agrees. */
+	if (!(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
+		struct ipcache_entry *e = tunnel_to(&p->src);
+
+		if (e && addr_equal(&e->node, &node))
+			dir_publish(orig ? &c->reply : &c->orig, back, epoch);
+	}
+	if (p->ttl <= 1 && (forth->flags & DIR_TTL))
+		action = to_host(skb, p);
+	else
+		action = carry_out(skb, p, HOOK_OVERLAY, c, forth, &scratch->key);
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
+}
+
+SEC("tc")
+int from_overlay(struct __sk_buff *skb)
+{
+	enum slow_reason why = SLOW_NEW;
+	struct pkt p, *slow;
+	int verdict;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		verdict = parse(skb, &p, false);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		verdict = parse(skb, &p, true);
+	} else {
+		__builtin_memset(&p, 0, sizeof(p));
+		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
+	}
+	if (!verdict) {
+		verdict = conn_fast(skb, &p, HOOK_OVERLAY, IN_OVERLAY, &why);
+		if (verdict == NOT_FAST) {
+			slow = slow_pkt(&p);
+			if (!slow)
+				return VERDICT_DROP;
+			verdict = from_overlay_slow(skb, slow, why);
+			return verdict < NOT_FAST ? drop(skb, slow, HOOK_OVERLAY, verdict) : verdict;
+		}
+	}
+	return verdict < NOT_FAST ? drop(skb, &p, HOOK_OVERLAY, verdict) : verdict;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
