@@ -34,8 +34,14 @@ import (
 	"github.com/lash-net/lash/internal/bench"
 )
 
+// Tokens of the users. Agents and operator are service accounts of kube-system, as in a real cluster: the API server
+// gives each kind of user a share of its capacity.
 const (
-	token      = "bench"
+	adminToken = "admin"
+	lashToken  = "lash"
+	users      = `admin,admin,1,"system:masters"
+lash,system:serviceaccount:kube-system:lash,2,"system:serviceaccounts,system:serviceaccounts:kube-system"
+`
 	apiPort    = 6443
 	healthPort = 9879
 	bpfRoot    = "/sys/fs/bpf"
@@ -243,7 +249,7 @@ func (c *cluster) startControlPlane(ctx context.Context) error {
 	if err := os.WriteFile(c.path("sa.key"), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), 0o600); err != nil {
 		return err
 	}
-	if err := os.WriteFile(c.path("tokens"), []byte(token+`,bench,1,"bench"`+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(c.path("tokens"), []byte(users), 0o600); err != nil {
 		return err
 	}
 	if _, err := c.spawn(c.control.Netns, "etcd", nil, etcd, "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
@@ -259,7 +265,7 @@ func (c *cluster) startControlPlane(ctx context.Context) error {
 		return err
 	}
 	cfg := &rest.Config{
-		Host: "https://" + c.apiAddr(), BearerToken: token, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, QPS: -1,
+		Host: "https://" + c.apiAddr(), BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}, QPS: -1,
 		Dial: func(ctx context.Context, network, addr string) (conn net.Conn, err error) {
 			err = c.control.Do(func() (err error) {
 				conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
@@ -302,7 +308,7 @@ clusters: [{name: bench, cluster: {server: "https://%s", insecure-skip-tls-verif
 users: [{name: bench, user: {token: %s}}]
 contexts: [{name: bench, context: {cluster: bench, user: bench}}]
 current-context: bench
-`, c.apiAddr(), token), 0o600)
+`, c.apiAddr(), lashToken), 0o600)
 }
 
 // startOperator starts the operator, or starts it anew with other flags, and waits until it leads.
