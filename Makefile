@@ -69,9 +69,9 @@ netns: bpf
 	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
 
 e2e: image
-	$(SAY) 'e2e: three nodes of real Kubernetes'
+	$(SAY) 'e2e: three nodes of real Kubernetes; then resilience: agents, nodes and the API server go away while pods talk'
 	bin/sandbox down --name e2e
-	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e
+	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e --resilience
 
 test: lint unit packet netns e2e ## every layer
 	$(SAY) 'all layers passed'

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -111,6 +112,24 @@ func TestClusterLivesThroughFailuresAndLeavesNothing(t *testing.T) {
 	must(t, bin, "remove-node", "n1")
 	if out := must(t, bin, "kubectl", "get", "nodes", "-o", "name"); strings.TrimSpace(out) != "node/n2\nnode/n3" {
 		t.Errorf("nodes: %s", out)
+	}
+	must(t, bin, "down")
+	nothingLeft(t)
+}
+
+func TestTwoUpsAtOnceAreOneAndAClearError(t *testing.T) {
+	bin := program(t)
+	outs, errs := make([]string, 2), make([]error, 2)
+	var wg sync.WaitGroup
+	for i := range outs {
+		wg.Go(func() { outs[i], errs[i] = run(t, bin, "up", "--nodes", "1") })
+	}
+	wg.Wait()
+	if errs[0] == nil {
+		outs[0], errs[0], outs[1], errs[1] = outs[1], errs[1], outs[0], errs[0]
+	}
+	if errs[1] != nil || errs[0] == nil || !strings.Contains(outs[0], "another sandbox command is at work") {
+		t.Errorf("one: %v\n%s\nthe other: %v\n%s", errs[0], outs[0], errs[1], outs[1])
 	}
 	must(t, bin, "down")
 	nothingLeft(t)

@@ -169,13 +169,13 @@ func TestCommandsAskTheSocket(t *testing.T) {
 	socket := serve(t, map[string]any{
 		"/v1/status": ready, "/v1/status?why": ready, "/v1/endpoints": []model.Endpoint{{ID: 7, State: "ready"}}, "/v1/endpoints/7": model.Endpoint{ID: 7},
 		"/v1/ip": []agent.IP{}, "/v1/nodes": []model.Node{}, "/v1/services": []agent.Service{}, "/v1/db": []agent.TableInfo{{Name: "routes", Rows: 1, Complete: true}}, "/v1/db/routes": table,
-		"/v1/bpf/net": table, "/v1/bpf/endpoint": table, "/v1/bpf/ct": table, "/v1/bpf/ipcache": table, "/v1/bpf/lb": table, "/v1/bpf/nat": table, "/v1/bpf/metrics": table,
+		"/v1/bpf/net": table, "/v1/bpf/endpoint": table, "/v1/bpf/ct": table, "/v1/bpf/ipcache": table, "/v1/bpf/lb": table, "/v1/bpf/nat": table, "/v1/bpf/device": table, "/v1/bpf/socket": table, "/v1/bpf/metrics": table,
 		"/v1/version": agent.Version{Version: "0.1.0", Kernel: "6.1"},
 	})
 	for args, want := range map[string]string{
 		"status": "Host Routing:", "status --brief": "OK", "status --why": "services in BPF", "status --verbose": "BPF Maps:", "status -o json": `"node": "n1"`,
 		"endpoint list": "ENDPOINT", "endpoint get 7": `"ID": 7`, "endpoint list -o json": `"State": "ready"`, "ip list": "IDENTITY", "node list": "Endpoint CIDR", "service list": "Frontend",
-		"bpf net list": "eth0", "bpf endpoint list": "eth0", "bpf ct list": "eth0", "bpf ipcache list": "eth0", "bpf lb list": "eth0", "bpf nat list": "eth0", "bpf metrics list": "eth0",
+		"bpf net list": "eth0", "bpf endpoint list": "eth0", "bpf ct list": "eth0", "bpf ipcache list": "eth0", "bpf lb list": "eth0", "bpf nat list": "eth0", "bpf device list": "eth0", "bpf socket list": "eth0", "bpf metrics list": "eth0",
 		"bpf ct list -o json": `"columns"`, "db list": "routes   1      true", "db show routes": "10.0.0.0/24   eth0", "version": "kernel 6.1", "version --client": "Client:",
 	} {
 		code, out, errOut := run(t, append(strings.Fields(args), "--socket", socket)...)
@@ -186,7 +186,7 @@ func TestCommandsAskTheSocket(t *testing.T) {
 	for args, want := range map[string]string{
 		"endpoint get 8": "no such thing", "endpoint get x": "must be a number from 1 to 65535", "endpoint get 0": "must be a number", "endpoint get": "accepts 1 arg(s)",
 		"db show a/b": "must be one of those 'lash db list' shows", "db show none": "no such thing", "status -o yaml": "must be json", "status --why --brief": "none of the others can be",
-		"bpf foo": "it has ct, endpoint", "sttus": "Did you mean this?\n\tstatus", "status --wyh": "unknown flag: --wyh; 'lash status --help'", "status extra": "unknown command",
+		"bpf foo": "it has ct, device, endpoint", "sttus": "Did you mean this?\n\tstatus", "status --wyh": "unknown flag: --wyh; 'lash status --help'", "status extra": "unknown command",
 		"upgrade --version 9.9": "brings version 0.1.0", "install --set tunnel=vxlan": "not supported by this version", "install --set a=1": "unknown value", "install -f /none.yaml": "/none.yaml",
 		"status --kubeconfig /none": "--kubeconfig: stat /none",
 	} {

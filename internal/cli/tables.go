@@ -239,10 +239,12 @@ func (a *app) bpfCommand() *cobra.Command {
 	for _, m := range []struct{ name, short string }{
 		{"net", "Programs and where they are attached"},
 		{"endpoint", "Local addresses"},
+		{"device", "Devices of pods and of the node"},
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
 		{"lb", "Services and their backends"},
 		{"nat", "Translated connections"},
+		{"socket", "Sockets that asked for a service, and the backend they got"},
 		{"metrics", "Packets forwarded and dropped, by reason"},
 	} {
 		subs = append(subs, group(m.name, m.short, nil, listing(a, "list", m.short, "/v1/bpf/"+m.name, printTable)))

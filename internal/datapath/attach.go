@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -80,6 +81,25 @@ func (d *Datapath) attach(ifindex int, name string, hooks []hook) error {
 		}
 		if err != nil {
 			return fmt.Errorf("attach %s to %s: %w", h.program, name, err)
+		}
+	}
+	return d.unpinOthers(name, hooks)
+}
+
+// unpinOthers removes the links by which another version attached programs to a device that this one has not.
+func (d *Datapath) unpinOthers(name string, hooks []hook) error {
+	prefix := d.linkPath(name, "")
+	pins, err := filepath.Glob(prefix + "*")
+	if err != nil {
+		return fmt.Errorf("links of %s: %w", name, err)
+	}
+	for _, pin := range pins {
+		program := strings.TrimPrefix(pin, prefix)
+		if strings.Contains(program, "-") || slices.ContainsFunc(hooks, func(h hook) bool { return h.program == program }) {
+			continue // with a dash: of a device whose name begins with this one's
+		}
+		if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("detach %s from %s: %w", program, name, err)
 		}
 	}
 	return nil

@@ -61,8 +61,9 @@ type Datapath struct {
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
 
-	mu     sync.Mutex // serialises changes of the epoch and of lash_ifaces
-	ifaces map[uint32]bpf.Iface
+	mu       sync.Mutex // serialises changes of the epoch and of what follows
+	ifaces   map[uint32]bpf.Iface
+	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
 }
 
 // Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
@@ -74,7 +75,8 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.SNATMax < cfg.SNATMin {
 		return nil, fmt.Errorf("masquerading ports %d-%d: the last is smaller than the first", cfg.SNATMin, cfg.SNATMax)
 	}
-	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, ifaces: map[uint32]bpf.Iface{}}
+	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{},
+		ifaces: map[uint32]bpf.Iface{}, departed: map[netip.Prefix]bool{}}
 	for _, dir := range []string{d.mapDir(), d.linkDir()} {
 		if cfg.Root == "" {
 			break

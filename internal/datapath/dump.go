@@ -3,7 +3,9 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sort"
 	"strings"
@@ -12,8 +14,8 @@ import (
 	"github.com/lash-net/lash/internal/model"
 )
 
-// Dump reads one kind of map as a table of text: "endpoint", "ct", "ipcache", "lb",
-// "nat", "metrics" or "net". Rows are sorted.
+// Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache",
+// "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -35,6 +37,18 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			add(k.Addr(), fmt.Sprintf("id=%-5d sec_id=%-5d flags=0x%04x ifindex=%-3d mac=%s nodemac=%s", v.ID, v.Identity, v.Flags, v.Ifindex,
 				strings.ToUpper(model.MAC(v.MAC.B).String()), strings.ToUpper(model.MAC(v.NodeMAC.B).String())))
 		})
+	case "device":
+		columns = []string{"IFINDEX", "DEVICE", "SIDE", "IPv4", "IPv6", "MAC"}
+		row := func(ifindex uint32, side string, v4, v6 bpf.Addr, mac bpf.MAC) {
+			name := "(gone)"
+			if dev, err := net.InterfaceByIndex(int(ifindex)); err == nil {
+				name = dev.Name
+			}
+			add(ifindex, name, side, text(v4), text(v6), model.MAC(mac.B))
+		}
+		err = errors.Join(
+			list(d.maps["lash_ifaces"], "lash_ifaces", func(k uint32, v bpf.Iface) { row(k, "pod", v.IP4, v.IP6, v.MAC) }),
+			list(d.maps["lash_devices"], "lash_devices", func(k uint32, v bpf.Device) { row(k, "network", v.IP4, v.IP6, v.MAC) }))
 	case "ipcache":
 		columns = []string{"IP PREFIX/ADDRESS", "IDENTITY"}
 		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
@@ -58,10 +72,15 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			front := fmt.Sprintf("%s/%s", netip.AddrPortFrom(k.Addr.Addr(), k.Port.Host()), model.ProtoName(k.Proto))
 			add(front+" (0)", fmt.Sprintf("%d backends (%d) (0) [ClusterIP, non-routable]", v.Count, v.ID))
 			for slot := uint32(1); slot <= v.Count; slot++ {
-				b := slots[bpf.BackendKey{Service: v.ID, Slot: slot}]
+				key := bpf.BackendKey{Service: v.ID, Slot: slot}
+				b := slots[key]
+				delete(slots, key)
 				add(fmt.Sprintf("%s (%d)", front, slot), fmt.Sprintf("%s/%s (%d) (%d)", netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()), model.ProtoName(b.Proto), v.ID, slot))
 			}
 		})
+		for k, b := range slots {
+			add(fmt.Sprintf("(no service) (%d)", k.Slot), fmt.Sprintf("%s/%s (%d) (%d)", netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()), model.ProtoName(b.Proto), k.Service, k.Slot))
+		}
 	case "ct":
 		return d.dumpConnections()
 	case "nat":
@@ -69,18 +88,33 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 		err = list(d.maps["lash_nat"], "lash_nat", func(t, owner bpf.ConnKey) {
 			var c bpf.Conn
 			if d.maps["lash_conn"].Lookup(&owner, &c) != nil {
+				lo, hi := sides(t, c)
+				add(protoName(t.Proto), lo, hi, "(no connection)")
 				return
 			}
 			pod, remote := sides(owner, c)
 			add(protoName(t.Proto), netip.AddrPortFrom(c.NATAddr.Addr(), c.NATPort.Host()), remote, pod)
 		})
+	case "socket":
+		columns = []string{"COOKIE", "BACKEND", "SERVICE ADDRESS", "SERVICE_ID"}
+		err = list(d.maps["lash_sock_rev"], "lash_sock_rev", func(k bpf.SockRevKey, v bpf.SockRev) {
+			add(k.Cookie, netip.AddrPortFrom(k.Addr.Addr(), k.Port.Host()), netip.AddrPortFrom(v.Addr.Addr(), v.Port.Host()), v.Service)
+		})
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, endpoint, ipcache, lb, metrics, nat, net", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err
+}
+
+// text of an address; none is empty.
+func text(a bpf.Addr) string {
+	if a == (bpf.Addr{}) {
+		return ""
+	}
+	return a.Addr().String()
 }
 
 func protoName(p uint8) string {

@@ -183,6 +183,9 @@ func (t ipcache) Put(_ context.Context, p netip.Prefix, v model.IPCacheEntry) er
 	if err := t.d.maps["lash_ipcache"].Put(bpf.IPCacheKeyFrom(p), &row); err != nil {
 		return fmt.Errorf("ipcache %s: %w", p, err)
 	}
+	t.d.mu.Lock()
+	defer t.d.mu.Unlock()
+	delete(t.d.departed, p)
 	return nil
 }
 
@@ -190,6 +193,9 @@ func (t ipcache) Delete(_ context.Context, p netip.Prefix) error {
 	if err := remove(t.d.maps["lash_ipcache"], bpf.IPCacheKeyFrom(p)); err != nil {
 		return fmt.Errorf("ipcache %s: %w", p, err)
 	}
+	t.d.mu.Lock()
+	defer t.d.mu.Unlock()
+	t.d.departed[p] = true
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"time"
 
@@ -27,11 +28,11 @@ func (d *Datapath) now() (uint32, error) {
 }
 
 // Swept counts what one Sweep found and removed.
-type Swept struct{ Connections, Expired, Orphaned, Translations int }
+type Swept struct{ Connections, Expired, Orphaned, Translations, Sockets int }
 
-// Sweep removes connections that have expired or whose pod is gone, and translations
-// that lead to none. A connection that the datapath may still use is never removed:
-// its row is read again right before.
+// Sweep removes connections that have expired or whose pod or node is gone, translations
+// that lead to none, and what sockets remember of backends that are gone. A connection
+// that the datapath may still use is never removed: its row is read again right before.
 func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	var s Swept
 	now, err := d.now()
@@ -39,50 +40,77 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		return s, err
 	}
 	conns, nat := d.maps["lash_conn"], d.maps["lash_nat"]
-	known := map[bpf.Addr]bool{}
+	gone := orphans{d: d, known: map[bpf.Addr]bool{}, departed: d.takeDeparted()}
+	whole := true // no map was changed so much that its walk was cut short
+	cutShort := func(err error) error {
+		if errors.Is(err, ebpf.ErrIterationAborted) {
+			whole = false
+			return nil
+		}
+		return err
+	}
+	defer func() {
+		if !whole || err != nil {
+			d.returnDeparted(gone.departed)
+		}
+	}()
 	var doomed []bpf.ConnKey
-	if err := list(conns, "lash_conn", func(k bpf.ConnKey, c bpf.Conn) {
+	if err = cutShort(list(conns, "lash_conn", func(k bpf.ConnKey, c bpf.Conn) {
 		s.Connections++
 		switch {
 		case int32(now-c.Expires) > 0:
 			s.Expired++
-		case d.orphaned(k.Lo, known) || d.orphaned(k.Hi, known):
+		case gone.has(k.Lo) || gone.has(k.Hi):
 			s.Orphaned++
 		default:
 			return
 		}
 		doomed = append(doomed, k)
-	}); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	})); err != nil {
 		return s, err
 	}
 	for _, k := range doomed {
 		var c bpf.Conn
-		if err := conns.Lookup(&k, &c); err != nil {
+		if conns.Lookup(&k, &c) != nil {
 			continue
 		}
-		if int32(now-c.Expires) <= 0 && !d.orphaned(k.Lo, known) && !d.orphaned(k.Hi, known) {
+		if int32(now-c.Expires) <= 0 && !gone.has(k.Lo) && !gone.has(k.Hi) {
 			continue // a new connection of the same tuple
 		}
-		if err := remove(conns, &k); err != nil {
+		if err = remove(conns, &k); err != nil {
 			return s, fmt.Errorf("connection %v: %w", k, err)
 		}
-		if ctx.Err() != nil {
-			return s, ctx.Err()
+		if err = ctx.Err(); err != nil {
+			return s, err
 		}
 	}
 	var stale []bpf.ConnKey
-	if err := list(nat, "lash_nat", func(translated, owner bpf.ConnKey) {
+	if err = cutShort(list(nat, "lash_nat", func(translated, owner bpf.ConnKey) {
 		var c bpf.Conn
 		if err := conns.Lookup(&owner, &c); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && !leadsTo(translated, c) {
 			stale = append(stale, translated)
 		}
-	}); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+	})); err != nil {
 		return s, err
 	}
 	for _, k := range stale {
 		s.Translations++
-		if err := remove(nat, &k); err != nil {
+		if err = remove(nat, &k); err != nil {
 			return s, fmt.Errorf("translation %v: %w", k, err)
+		}
+	}
+	var sockets []bpf.SockRevKey
+	if err = cutShort(list(d.maps["lash_sock_rev"], "lash_sock_rev", func(k bpf.SockRevKey, _ bpf.SockRev) {
+		if gone.has(k.Addr) {
+			sockets = append(sockets, k)
+		}
+	})); err != nil {
+		return s, err
+	}
+	for _, k := range sockets {
+		s.Sockets++
+		if err = remove(d.maps["lash_sock_rev"], &k); err != nil {
+			return s, fmt.Errorf("socket %d: %w", k.Cookie, err)
 		}
 	}
 	return s, nil
@@ -97,32 +125,62 @@ func leadsTo(translated bpf.ConnKey, c bpf.Conn) bool {
 		translated.Hi == c.NATAddr && translated.HiPort == c.NATPort
 }
 
-// orphaned: the address belongs to the pods, but nobody has it (any more): it is inside
-// this node's pod CIDRs without an endpoint, or inside a native routing CIDR and of no
-// known node.
-func (d *Datapath) orphaned(a bpf.Addr, known map[bpf.Addr]bool) bool {
-	if gone, ok := known[a]; ok {
-		return gone
-	}
-	known[a] = d.lookOrphaned(a)
-	return known[a]
+// takeDeparted returns the prefixes that left the ipcache since the last Sweep.
+func (d *Datapath) takeDeparted() map[netip.Prefix]bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	taken := d.departed
+	d.departed = map[netip.Prefix]bool{}
+	return taken
 }
 
-func (d *Datapath) lookOrphaned(a bpf.Addr) bool {
+// returnDeparted leaves them to the next Sweep.
+func (d *Datapath) returnDeparted(taken map[netip.Prefix]bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	maps.Copy(d.departed, taken)
+}
+
+// orphans tells which addresses were pods' or nodes' and are nobody's now: inside this
+// node's pod CIDRs without an endpoint, inside a native routing CIDR and of no known node,
+// or departed from the ipcache. That a prefix has departed is forgotten by a restart of
+// the agent; then its connections stay until they expire.
+type orphans struct {
+	d        *Datapath
+	known    map[bpf.Addr]bool
+	departed map[netip.Prefix]bool
+}
+
+func (o orphans) has(a bpf.Addr) bool {
+	if gone, ok := o.known[a]; ok {
+		return gone
+	}
+	o.known[a] = o.look(a)
+	return o.known[a]
+}
+
+func (o orphans) look(a bpf.Addr) bool {
 	addr := a.Addr()
 	if !addr.IsValid() {
 		return false
 	}
-	if within(addr, d.cfg.PodCIDRs) {
+	if within(addr, o.d.cfg.PodCIDRs) {
 		var ep bpf.Endpoint
-		return errors.Is(d.maps["lash_endpoints"].Lookup(a, &ep), ebpf.ErrKeyNotExist)
+		return errors.Is(o.d.maps["lash_endpoints"].Lookup(a, &ep), ebpf.ErrKeyNotExist)
 	}
-	if within(addr, d.cfg.NativeCIDRs) {
-		var e bpf.IPCacheEntry
-		err := d.maps["lash_ipcache"].Lookup(bpf.IPCacheKeyFrom(netip.PrefixFrom(addr, addr.BitLen())), &e)
-		return errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && e.Identity == bpf.IdentityWorld && e.Node == (bpf.Addr{})
+	single := netip.PrefixFrom(addr, addr.BitLen())
+	departed := o.departed[single]
+	for p := range o.departed {
+		departed = departed || p.Contains(addr)
 	}
-	return false
+	if !departed && !within(addr, o.d.cfg.NativeCIDRs) {
+		return false
+	}
+	var e bpf.IPCacheEntry
+	err := o.d.maps["lash_ipcache"].Lookup(bpf.IPCacheKeyFrom(single), &e)
+	unknown := errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && e.Identity == bpf.IdentityWorld && e.Node == (bpf.Addr{})
+	// Of a single address that departed, what is found now is the pod CIDR around it.
+	return unknown || o.departed[single] && e.Identity == bpf.IdentityWorld
 }
 
 func within(a netip.Addr, prefixes []netip.Prefix) bool {

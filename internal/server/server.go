@@ -24,13 +24,13 @@ import (
 	"github.com/lash-net/lash/internal/state"
 )
 
-// Datapath dumps what is in the kernel; name is net, endpoint, ct, ipcache, lb, nat or metrics.
+// Datapath dumps what is in the kernel; name is one of Dumps.
 type Datapath interface {
 	Dump(name string) (columns []string, rows [][]string, err error)
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "ct", "ipcache", "lb", "nat", "metrics"}
+var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "lb", "nat", "socket", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {
@@ -109,15 +109,19 @@ func (s *Server) Health() http.Handler {
 	return mux
 }
 
+// grace is how long requests that are being answered may take when the agent ends: nobody needs more of an agent that
+// goes away, and its successor waits for it.
+const grace = 100 * time.Millisecond
+
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		defer cancel()
-		if srv.Shutdown(grace) != nil {
+		if srv.Shutdown(ending) != nil {
 			srv.Close()
 		}
 	}()

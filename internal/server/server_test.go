@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -208,5 +209,40 @@ func TestServeReplacesTheSocketOfADeadAgentAndEndsWithItsContext(t *testing.T) {
 	}
 	if _, err := os.Stat(socket); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the socket remained: %v", err)
+	}
+}
+
+// A client that has connected and asks nothing counts as one in the middle of a request.
+func TestServeDoesNotWaitForAClientThatAsksNothing(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "lash.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- serve(ctx, l, http.NotFoundHandler()) }()
+	for _, request := range []string{"", "GET / HTTP/1.0\r\n\r\n"} { // connections are accepted in order
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if request == "" {
+			continue
+		}
+		if _, err := io.WriteString(conn, request); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(conn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := time.Now()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > 700*time.Millisecond {
+		t.Errorf("the server ended after %s", took)
 	}
 }

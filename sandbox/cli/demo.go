@@ -24,6 +24,9 @@ what pods expect of their network. Prints a line for each check; the last line i
 			if o.With != "lash" && o.With != "bridge" {
 				return fmt.Errorf("--with %q: use lash or bridge", o.With)
 			}
+			if o.Resilience && o.With != "lash" {
+				return fmt.Errorf("--resilience goes with --with lash only")
+			}
 			err := demo.Run(cmd.Context(), a.name, o)
 			if errors.Is(err, demo.ErrFailed) {
 				return ExitStatus(1)
@@ -36,5 +39,6 @@ what pods expect of their network. Prints a line for each check; the last line i
 	cmd.Flags().StringVar(&o.Image, "image", "dist/lash.oci.tar", "path of Lash's image archive")
 	cmd.Flags().StringArrayVar(&o.Set, "set", nil, "chart value KEY=VALUE for the installation; may be repeated")
 	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
+	cmd.Flags().BoolVar(&o.Resilience, "resilience", false, "also kill, remove and restart agents, nodes and the API server while pods talk (four minutes)")
 	root.AddCommand(cmd)
 }

@@ -150,10 +150,13 @@ func (c *Cluster) HasNode(name string) error {
 	return fmt.Errorf("sandbox %q has no node %q; it has %s", c.Name, name, strings.Join(c.Nodes, ", "))
 }
 
-// Lock keeps other invocations from changing this sandbox at the same time. The directory itself is
+// ErrBusy is returned by TryLock while another command has the lock.
+var ErrBusy = errors.New("another sandbox command is at work")
+
+// TryLock keeps other invocations from changing this sandbox at the same time. The directory itself is
 // locked, so nothing is left behind and a lock dies with its holder.
-func (c *Cluster) Lock(ctx context.Context) error {
-	for told := false; ; {
+func (c *Cluster) TryLock() error {
+	for {
 		f, err := os.Open(c.Dir)
 		if err != nil {
 			return err
@@ -164,10 +167,23 @@ func (c *Cluster) Lock(ctx context.Context) error {
 			return nil
 		}
 		f.Close()
-		if err != nil && !errors.Is(err, syscall.EWOULDBLOCK) {
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return fmt.Errorf("%w on %q: wait until it has ended, or end it", ErrBusy, c.Name)
+		}
+		if err != nil {
 			return fmt.Errorf("lock %s: %w", c.Dir, err)
 		}
-		if err != nil && !told {
+	}
+}
+
+// Lock is TryLock that waits for its turn.
+func (c *Cluster) Lock(ctx context.Context) error {
+	for told := false; ; {
+		err := c.TryLock()
+		if !errors.Is(err, ErrBusy) {
+			return err
+		}
+		if !told {
 			c.Say("waiting for another sandbox command on %q to end", c.Name)
 			told = true
 		}
@@ -179,17 +195,7 @@ func (c *Cluster) Lock(ctx context.Context) error {
 	}
 }
 
-// busy says whether another command holds the lock.
-func (c *Cluster) busy() bool {
-	f, err := os.Open(c.Dir)
-	if err != nil {
-		return false
-	}
-	defer f.Close() // gives the lock back
-	return errors.Is(syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB), syscall.EWOULDBLOCK)
-}
-
-// Unlock ends Lock.
+// Unlock ends TryLock and Lock.
 func (c *Cluster) Unlock() {
 	if c.lock != nil {
 		c.lock.Close()

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/lash-net/lash/sandbox/image"
@@ -160,7 +161,7 @@ func (c *Cluster) WaitBooted(ctx context.Context, limit time.Duration, names ...
 
 // AddNode adds the node with the lowest free number and returns its name.
 func (c *Cluster) AddNode(ctx context.Context) (string, error) {
-	golden, err := c.golden(ctx)
+	golden, err := c.Prepare(ctx) // this program may be newer than the one that started the sandbox
 	if err != nil {
 		return "", err
 	}
@@ -247,7 +248,7 @@ func (c *Cluster) Target(host string) (node.Target, error) {
 
 // Exec runs a command on a node or host and returns its output; `sandbox exec` does it by executing itself.
 func (c *Cluster) Exec(ctx context.Context, host string, argv ...string) (string, error) {
-	cmd, err := c.execCommand(ctx, host, argv...)
+	cmd, err := c.ExecCommand(ctx, host, argv...)
 	if err != nil {
 		return "", err
 	}
@@ -259,7 +260,8 @@ func (c *Cluster) Exec(ctx context.Context, host string, argv ...string) (string
 	return stdout.String(), nil
 }
 
-func (c *Cluster) execCommand(ctx context.Context, host string, argv ...string) (*exec.Cmd, error) {
+// ExecCommand is the command that Exec runs. When ctx ends it is told to end, and passes that on.
+func (c *Cluster) ExecCommand(ctx context.Context, host string, argv ...string) (*exec.Cmd, error) {
 	if _, err := c.Target(host); err != nil {
 		return nil, err
 	}
@@ -267,7 +269,10 @@ func (c *Cluster) execCommand(ctx context.Context, host string, argv ...string) 
 	if err != nil {
 		return nil, err
 	}
-	return exec.CommandContext(ctx, self, append([]string{"exec", "--name", c.Name, host, "--"}, argv...)...), nil
+	cmd := exec.CommandContext(ctx, self, append([]string{"exec", "--name", c.Name, host, "--"}, argv...)...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd, nil
 }
 
 // loaded lists the archives that `sandbox load` was given; nodes that join later get them too.
@@ -314,7 +319,7 @@ func (c *Cluster) loadInto(ctx context.Context, name string, archives ...string)
 		if err != nil {
 			return err
 		}
-		cmd, err := c.execCommand(ctx, name, "ctr", "-n", "k8s.io", "images", "import", "-")
+		cmd, err := c.ExecCommand(ctx, name, "ctr", "-n", "k8s.io", "images", "import", "-")
 		if err != nil {
 			f.Close()
 			return err

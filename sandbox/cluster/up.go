@@ -66,20 +66,13 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 	if err := o.Check(); err != nil {
 		return err
 	}
-	if left := c.Exists(); len(left) > 0 {
-		if c.busy() {
-			return fmt.Errorf("another sandbox command is at work on %q: %w or on its way; wait for it, or end that command", c.Name, ErrAlreadyUp)
-		}
-		if err := c.load(); err == nil && c.Whole && c.process("apiserver").Alive() {
-			return fmt.Errorf("sandbox %q is %w with nodes %s: look with `sandbox status%s`, end it with `sandbox down%s`", c.Name, ErrAlreadyUp, strings.Join(c.Nodes, ", "), c.nameFlag(), c.nameFlag())
-		}
-		c.Say("cleaning leftovers of an earlier sandbox %q: %s", c.Name, strings.Join(left, "; "))
-		if err := c.Down(ctx); err != nil {
-			return err
-		}
+	if err := c.claim(ctx); err != nil {
+		return err
 	}
+	defer c.Unlock()
 	golden, err := c.Prepare(ctx)
 	if err != nil {
+		_, _ = os.Remove(c.Dir), os.Remove(StateDir) // as empty as claim made them
 		return err
 	}
 	for _, d := range []string{"pid", "log", "nodes", "images"} {
@@ -87,10 +80,6 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 			return err
 		}
 	}
-	if err := c.Lock(ctx); err != nil {
-		return err
-	}
-	defer c.Unlock()
 	c.Config = Config{Name: c.Name, Proxy: o.Proxy, CNI: o.CNI, DNS: o.DNS}
 	for i := 1; i <= o.Nodes; i++ {
 		c.Nodes = append(c.Nodes, plan.NodeName(i))
@@ -157,6 +146,35 @@ func (c *Cluster) Up(ctx context.Context, o Options) error {
 	c.Say("%d nodes Ready", len(c.Nodes))
 	c.Whole = true
 	return c.save()
+}
+
+// claim makes the sandbox's directory and locks it, from the first moment on: a second Up of the same name ends here.
+// What an earlier sandbox has left is removed.
+func (c *Cluster) claim(ctx context.Context) error {
+	for {
+		if err := os.MkdirAll(c.Dir, 0o755); err != nil {
+			return err
+		}
+		if err := c.TryLock(); errors.Is(err, os.ErrNotExist) {
+			continue // a Down has just removed it
+		} else if err != nil {
+			return err
+		}
+		left := c.Exists()
+		if entries, err := os.ReadDir(c.Dir); err == nil && len(entries) == 0 && len(left) == 1 {
+			return nil
+		}
+		if err := c.load(); err == nil && c.Whole && c.process("apiserver").Alive() {
+			c.Unlock()
+			return fmt.Errorf("sandbox %q is %w with nodes %s: look with `sandbox status%s`, end it with `sandbox down%s`", c.Name, ErrAlreadyUp, strings.Join(c.Nodes, ", "), c.nameFlag(), c.nameFlag())
+		}
+		c.Say("cleaning leftovers of an earlier sandbox %q: %s", c.Name, strings.Join(left, "; "))
+		err := c.Down(ctx)
+		c.Unlock() // of the directory that is gone
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // Down removes everything of the sandbox from any state, and returns an error if anything is left.

@@ -22,11 +22,13 @@ type world struct {
 	web     map[string]pod // by node
 	client  map[string]pod
 	service map[string]netip.Addr // by family
+	history history
 }
 
 type pod struct {
-	name  string
-	addrs map[string]netip.Addr // by family
+	name      string
+	addrs     map[string]netip.Addr // by family
+	container string                // containerd's id of its only one
 }
 
 var families = []string{"v4", "v6"}
@@ -40,7 +42,7 @@ func family(a netip.Addr) string {
 
 // look reads the pods and the service. A pod that lacks a family is an error: everything here is dual-stack.
 func look(ctx context.Context, c *cluster.Cluster) (*world, error) {
-	w := &world{c: c, web: map[string]pod{}, client: map[string]pod{}, service: map[string]netip.Addr{}}
+	w := &world{c: c, web: map[string]pod{}, client: map[string]pod{}, service: map[string]netip.Addr{}, history: history{}}
 	out, err := c.Kubectl(ctx, "-n", "demo", "get", "pods", "-o", "json")
 	if err != nil {
 		return nil, err
@@ -53,7 +55,10 @@ func look(ctx context.Context, c *cluster.Cluster) (*world, error) {
 				DeletionTimestamp string
 			}
 			Spec   struct{ NodeName string }
-			Status struct{ PodIPs []struct{ IP string } }
+			Status struct {
+				PodIPs            []struct{ IP string }
+				ContainerStatuses []struct{ ContainerID string }
+			}
 		}
 	}
 	if err := json.Unmarshal([]byte(out), &list); err != nil {
@@ -62,6 +67,9 @@ func look(ctx context.Context, c *cluster.Cluster) (*world, error) {
 	for _, it := range list.Items {
 		if it.Metadata.DeletionTimestamp != "" {
 			continue
+		}
+		if it.Metadata.Labels["app"] == "" {
+			continue // one of resilience's
 		}
 		p := pod{name: it.Metadata.Name, addrs: map[string]netip.Addr{}}
 		for _, i := range it.Status.PodIPs {
@@ -76,9 +84,13 @@ func look(ctx context.Context, c *cluster.Cluster) (*world, error) {
 				return nil, fmt.Errorf("pod %s has no %s address (podIPs %v)", p.name, f, it.Status.PodIPs)
 			}
 		}
-		if it.Metadata.Labels["app"] == "web" {
+		for _, s := range it.Status.ContainerStatuses {
+			p.container = strings.TrimPrefix(s.ContainerID, "containerd://")
+		}
+		switch it.Metadata.Labels["app"] {
+		case "web":
 			w.web[it.Spec.NodeName] = p
-		} else {
+		case "client":
 			w.client[it.Spec.NodeName] = p
 		}
 	}

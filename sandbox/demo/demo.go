@@ -30,8 +30,10 @@ type Options struct {
 	Image string   // path of Lash's image archive, with --with lash
 	Set   []string // chart values for `lash install --set`
 	Fresh bool     // always start from an empty cluster
-	Out   io.Writer
-	Say   func(format string, args ...any)
+	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
+	Resilience bool
+	Out        io.Writer
+	Say        func(format string, args ...any)
 }
 
 const (
@@ -62,6 +64,7 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 	if err != nil {
 		return 0, 0, err
 	}
+	defer c.Unlock()
 	if o.With == "lash" {
 		if err := install(ctx, c, o); err != nil {
 			return 0, 0, err
@@ -87,11 +90,16 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 	if err != nil {
 		return 0, 0, err
 	}
-	p, f := runChecks(ctx, w.checks(o), o)
-	return p, f, nil
+	passed, failed = runChecks(ctx, w.checks(o), o)
+	if o.Resilience && failed == 0 {
+		o.Say("resilience: agents, nodes and the API server go away while pods talk")
+		p, f := checkResilience(ctx, w, o)
+		passed, failed = passed+p, failed+f
+	}
+	return passed, failed, nil
 }
 
-// start reuses a cluster that fits, and makes a new one otherwise.
+// start reuses a cluster that fits, and makes a new one otherwise. It is locked.
 func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error) {
 	opts := cluster.Options{Nodes: nodes, Proxy: "none", CNI: "none", DNS: 2}
 	if o.With == "bridge" {
@@ -99,12 +107,17 @@ func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error
 	}
 	c, err := cluster.Open(name, o.Say)
 	if err == nil {
+		if err := c.TryLock(); err != nil {
+			return nil, err
+		}
 		if why := misfit(ctx, c, opts); why != "" || o.Fresh {
 			if why == "" {
 				why = "a fresh one was asked for"
 			}
 			o.Say("a cluster %q is up, but %s: making a new one", name, why)
-			if err := c.Down(ctx); err != nil {
+			err := c.Down(ctx)
+			c.Unlock()
+			if err != nil {
 				return nil, err
 			}
 		} else {
@@ -122,7 +135,10 @@ func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error
 		o.Say("interrupted: cleaning up")
 		return nil, errors.Join(errors.New("interrupted"), c.Down(context.WithoutCancel(ctx)))
 	}
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	return c, c.TryLock()
 }
 
 func misfit(ctx context.Context, c *cluster.Cluster, o cluster.Options) string {
@@ -205,7 +221,7 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 		slots <- struct{}{}
 		go func() {
 			defer func() { <-slots; wg.Done() }()
-			errs[i] = retry(ctx, ch.do)
+			errs[i] = until(ctx, patience, ch.do)
 			mu.Lock()
 			defer mu.Unlock()
 			if errs[i] != nil {
@@ -221,8 +237,9 @@ func runChecks(ctx context.Context, checks []check, o Options) (passed, failed i
 	return passed, failed
 }
 
-func retry(ctx context.Context, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// until repeats do until it succeeds, and returns its last error when the time is over.
+func until(ctx context.Context, limit time.Duration, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	pause := 100 * time.Millisecond
 	var last error
@@ -236,7 +253,7 @@ func retry(ctx context.Context, do func(context.Context) error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return last
+			return fmt.Errorf("after %s: %w", limit, last)
 		case <-time.After(pause):
 			pause = min(2*pause, 2*time.Second)
 		}

@@ -4,17 +4,19 @@
 //
 //	toolbox serve [-http :8080] [-udp :8081] [-tcp :8082]   answer until killed
 //	toolbox pause                                           do nothing until killed
-//	toolbox probe [-interval 1ms] [-for 10s] NETWORK ADDR   send numbered messages, report what is lost
+//	toolbox probe [-interval 1ms] [-for 10s] [-size 0] NETWORK ADDR   send numbered messages until the time is over or SIGTERM, report what is lost
 //	toolbox ask NETWORK ADDR MESSAGE                        print what one message is answered with
 //
-// NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6. HTTP: /hostname, /clientip (ADDR:PORT as seen),
+// NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6; of a probe also icmp4 or icmp6, ADDR being without a port. HTTP: /hostname, /clientip (ADDR:PORT as seen),
 // /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
-// "hostname" and "clientip" are answered with just that, everything else is echoed.
+// "hostname" and "clientip" are answered with just that, over TCP "resent" with how many segments the server sent
+// again and how many of them needlessly, everything else is echoed.
 package main
 
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -26,9 +28,10 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 func main() {
@@ -170,6 +173,10 @@ func tcpEcho(l net.Listener, host string) error {
 				line, err := r.ReadString('\n')
 				if line != "" {
 					out := answer(line, host, c.RemoteAddr())
+					if strings.TrimSpace(line) == "resent" {
+						total, needless := resent(c)
+						out = fmt.Sprint("resent ", total, " ", needless)
+					}
 					if !strings.HasSuffix(out, "\n") {
 						out += "\n"
 					}
@@ -233,31 +240,40 @@ func ask(ctx context.Context, args []string) error {
 	return nil
 }
 
-// Result of a probe; gaps are between answers, in milliseconds.
+// Result of a probe.
 type Result struct {
-	Sent     int64   `json:"sent"`
-	Received int64   `json:"received"`
-	Lost     int64   `json:"lost"`
-	MaxGapMS float64 `json:"maxGapMs"`
-	Error    string  `json:"error,omitempty"`
+	Sent     int64 `json:"sent"`
+	Received int64 `json:"received"`
+	Lost     int64 `json:"lost"`
+	// Overflowed answers arrived, but the probe was not given the CPU in time to read them; they are not in Lost.
+	Overflowed int64 `json:"overflowed,omitempty"`
+	// Resent is how many TCP segments either side sent again, Needless of how many of them the peer said that it had them
+	// already (DSACK): a busy machine makes TCP impatient.
+	Resent    int64      `json:"resent,omitempty"`
+	Needless  int64      `json:"needless,omitempty"`
+	FirstLost *time.Time `json:"firstLost,omitempty"` // when the first message without an answer was sent
+	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
+	MaxGapAt  time.Time  `json:"maxGapAt"`            // its end
+	Error     string     `json:"error,omitempty"`
 }
 
 // probe sends a numbered message every interval over one socket, and counts the answers. With tcp
-// nothing can be lost while the connection lives, so the longest gap is what tells.
+// nothing can be lost while the connection lives: what was sent again and the longest gap are what tells.
 func probe(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("probe", flag.ExitOnError)
 	interval := fs.Duration("interval", time.Millisecond, "time between messages")
 	total := fs.Duration("for", 10*time.Second, "how long to send")
+	size := fs.Int("size", 0, "bytes of a message, if more than its number has")
 	_ = fs.Parse(args)
 	if fs.NArg() != 2 {
-		return errors.New("usage: toolbox probe [-interval 1ms] [-for 10s] udp|tcp HOST:PORT")
+		return errors.New("usage: toolbox probe [-interval 1ms] [-for 10s] [-size 0] udp|tcp HOST:PORT, or icmp4|icmp6 HOST")
 	}
-	c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, fs.Arg(0), fs.Arg(1))
+	c, err := dial(ctx, fs.Arg(0), fs.Arg(1))
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	r := run(ctx, c, *interval, *total)
+	r := run(ctx, c, *interval, *total, *size)
 	out, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -269,23 +285,143 @@ func probe(ctx context.Context, args []string) error {
 	return nil
 }
 
-func run(ctx context.Context, c net.Conn, interval, total time.Duration) Result {
-	var sent, received atomic.Int64
-	var maxGap time.Duration
+func dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	d := net.Dialer{Timeout: 5 * time.Second}
+	switch network {
+	case "icmp4":
+		c, err := d.DialContext(ctx, "ip4:icmp", addr)
+		return &pinger{Conn: c, request: 8, reply: 0}, err
+	case "icmp6":
+		c, err := d.DialContext(ctx, "ip6:ipv6-icmp", addr)
+		return &pinger{Conn: c, request: 128, reply: 129}, err
+	}
+	return d.DialContext(ctx, network, addr)
+}
+
+// pinger sends what is written as echo requests and reads what the replies bring.
+type pinger struct {
+	net.Conn
+	request, reply byte // ICMP types
+	seq            uint16
+}
+
+func (p *pinger) Write(b []byte) (int, error) {
+	m := append(make([]byte, 8, 8+len(b)), b...)
+	m[0] = p.request
+	binary.BigEndian.PutUint16(m[4:], uint16(os.Getpid()))
+	binary.BigEndian.PutUint16(m[6:], p.seq)
+	p.seq++
+	if p.request == 8 { // the kernel computes the other family's
+		binary.BigEndian.PutUint16(m[2:], checksum(m))
+	}
+	if _, err := p.Conn.Write(m); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+func (p *pinger) Read(b []byte) (int, error) {
+	buf := make([]byte, 65536)
+	for {
+		n, _, err := p.Conn.(net.PacketConn).ReadFrom(buf) // Read would leave the IPv4 header in place
+		if err != nil {
+			return 0, err
+		}
+		if n >= 8 && buf[0] == p.reply && binary.BigEndian.Uint16(buf[4:]) == uint16(os.Getpid()) {
+			return copy(b, buf[8:n]), nil
+		}
+	}
+}
+
+// checksum is that of RFC 1071.
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i, x := range b {
+		sum += uint32(x) << (8 * (1 - i%2))
+	}
+	for sum>>16 != 0 {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// ledger is what was sent when and what of it was answered.
+type ledger struct {
+	mu       sync.Mutex
+	sent     []time.Time
+	answered []bool
+	received int64
+	last     time.Time // answer
+	gap      time.Duration
+	gapEnd   time.Time
+	asked    chan struct{} // closed when the other side has said what it sent again
+
+	resent, needless int64 // by the other side
+}
+
+func (l *ledger) send() (number int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sent, l.answered = append(l.sent, time.Now()), append(l.answered, false)
+	return len(l.sent) - 1
+}
+
+func (l *ledger) answer(text string) error {
+	head, rest, _ := strings.Cut(text, " ")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if head == "resent" {
+		defer close(l.asked)
+		_, err := fmt.Sscan(rest, &l.resent, &l.needless)
+		return err
+	}
+	n, err := strconv.Atoi(head)
+	if err != nil || n < 0 || n >= len(l.sent) {
+		return fmt.Errorf("answer %q", text)
+	}
+	now := time.Now()
+	if gap := now.Sub(l.last); gap > l.gap {
+		l.gap, l.gapEnd = gap, now
+	}
+	l.last = now
+	if !l.answered[n] {
+		l.answered[n] = true
+		l.received++
+	}
+	return nil
+}
+
+func (l *ledger) complete() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.received == int64(len(l.sent))
+}
+
+func (l *ledger) result() Result {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd}
+	r.Lost = r.Sent - r.Received
+	for i, ok := range l.answered {
+		if !ok {
+			r.FirstLost = &l.sent[i]
+			break
+		}
+	}
+	return r
+}
+
+func run(ctx context.Context, c net.Conn, interval, total time.Duration, size int) Result {
+	l := &ledger{last: time.Now(), asked: make(chan struct{})}
 	readErr := make(chan error, 1)
 	go func() {
-		last := time.Now()
 		s := bufio.NewScanner(c)
+		s.Buffer(nil, 1<<17)
 		for s.Scan() {
-			if _, err := strconv.ParseInt(s.Text(), 10, 64); err != nil {
-				readErr <- fmt.Errorf("answer %q", s.Text())
+			if err := l.answer(s.Text()); err != nil {
+				readErr <- err
 				return
 			}
-			received.Add(1)
-			if gap := time.Since(last); gap > maxGap {
-				maxGap = gap
-			}
-			last = time.Now()
 		}
 		readErr <- s.Err()
 	}()
@@ -293,30 +429,81 @@ func run(ctx context.Context, c net.Conn, interval, total time.Duration) Result 
 	defer cancel()
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	res := Result{}
+	problem := ""
 sending:
 	for {
 		select {
 		case <-ctx.Done():
 			break sending
 		case <-tick.C:
-			if _, err := fmt.Fprintf(c, "%d\n", sent.Load()); err != nil {
-				res.Error = err.Error()
+			m := strconv.Itoa(l.send())
+			if pad := size - len(m) - 2; pad > 0 {
+				m += " " + strings.Repeat("x", pad)
+			}
+			if _, err := io.WriteString(c, m+"\n"); err != nil {
+				problem = err.Error()
 				break sending
 			}
-			sent.Add(1)
 		}
 	}
 	deadline := time.Now().Add(2 * time.Second) // answers on their way
-	for received.Load() < sent.Load() && time.Now().Before(deadline) {
+	for !l.complete() && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
-	_ = c.SetReadDeadline(time.Now())
-	if err := <-readErr; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && res.Error == "" {
-		res.Error = err.Error()
+	if _, ok := c.(*net.TCPConn); ok && problem == "" {
+		_, _ = io.WriteString(c, "resent\n")
+		select {
+		case <-l.asked:
+		case <-time.After(2 * time.Second):
+			problem = "the server does not say what it had to send again"
+		}
 	}
-	res.Sent, res.Received = sent.Load(), received.Load()
-	res.Lost = res.Sent - res.Received
-	res.MaxGapMS = float64(maxGap.Microseconds()) / 1000
-	return res
+	resent, needless := resent(c)
+	overflowed := overflowed(c)
+	_ = c.SetReadDeadline(time.Now())
+	if err := <-readErr; err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && problem == "" {
+		problem = err.Error()
+	}
+	r := l.result()
+	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
+	if r.Lost -= r.Overflowed; r.Lost == 0 {
+		r.FirstLost = nil
+	}
+	return r
+}
+
+// resent is the connection's count of segments sent again, and of those that the peer had already. 0 if c is no TCP
+// connection.
+func resent(c net.Conn) (total, needless int64) {
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return 0, 0
+	}
+	var info [256]byte // struct tcp_info of linux/tcp.h: tcpi_total_retrans, tcpi_dsack_dups
+	sockopt(t, syscall.IPPROTO_TCP, syscall.TCP_INFO, info[:])
+	return int64(binary.NativeEndian.Uint32(info[100:])), int64(binary.NativeEndian.Uint32(info[216:]))
+}
+
+// overflowed is the count of datagrams that did not fit into the socket's buffer.
+func overflowed(c net.Conn) int64 {
+	if p, ok := c.(*pinger); ok {
+		c = p.Conn
+	}
+	const soMeminfo = 55
+	var info [9 * 4]byte // SK_MEMINFO_VARS of linux/sock_diag.h; the last is SK_MEMINFO_DROPS
+	if s, ok := c.(syscall.Conn); ok {
+		sockopt(s, syscall.SOL_SOCKET, soMeminfo, info[:])
+	}
+	return int64(binary.NativeEndian.Uint32(info[32:]))
+}
+
+func sockopt(c syscall.Conn, level, option uintptr, value []byte) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	size := uint32(len(value))
+	_ = raw.Control(func(fd uintptr) {
+		_, _, _ = syscall.Syscall6(syscall.SYS_GETSOCKOPT, fd, level, option, uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&size)), 0)
+	})
 }

@@ -4,9 +4,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -51,9 +53,13 @@ func TestProbeCountsWhatIsLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	r := run(context.Background(), conn, time.Millisecond, 100*time.Millisecond)
+	start := time.Now()
+	r := run(context.Background(), conn, time.Millisecond, 100*time.Millisecond, 0)
 	if r.Sent < 20 || r.Lost < r.Sent/10-1 || r.Lost > r.Sent/10+1 || r.Error != "" {
 		t.Errorf("got %+v", r)
+	}
+	if r.FirstLost == nil || r.FirstLost.Sub(start) > 50*time.Millisecond {
+		t.Errorf("first lost %v, started %v", r.FirstLost, start)
 	}
 }
 
@@ -69,7 +75,23 @@ func TestProbeOverTCPLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
+	if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond, 4096); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
 		t.Errorf("got %+v", r)
+	}
+}
+
+func TestProbePings(t *testing.T) {
+	for network, addr := range map[string]string{"icmp4": "127.0.0.1", "icmp6": "::1"} {
+		conn, err := dial(context.Background(), network, addr)
+		if errors.Is(err, os.ErrPermission) {
+			t.Skip("needs raw sockets: run as root")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond, 0); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
+			t.Errorf("%s: got %+v", network, r)
+		}
 	}
 }
