@@ -132,7 +132,7 @@ type usage struct {
 	used time.Duration
 }
 
-// cpu is what each process that runs has used, this one's last.
+// cpu is what each process has used that runs, this one's first and the others in the order of their starts.
 func (c *cluster) cpu() []usage {
 	var out []usage
 	read := func(name, pid string) {
@@ -147,6 +147,7 @@ func (c *cluster) cpu() []usage {
 			out = append(out, usage{name, time.Duration(user+sys) * 10 * time.Millisecond})
 		}
 	}
+	read("generator", "self")
 	for _, p := range c.running {
 		select {
 		case <-p.ended:
@@ -155,7 +156,6 @@ func (c *cluster) cpu() []usage {
 			read(p.name, strconv.Itoa(p.cmd.Process.Pid))
 		}
 	}
-	read("generator", "self")
 	return out
 }
 

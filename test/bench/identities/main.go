@@ -175,8 +175,13 @@ func measure(ctx context.Context, o options) (*report, error) {
 	if err != nil {
 		return nil, err
 	}
-	for i, after := range c.cpu() {
-		r.CPU = append(r.CPU, fmt.Sprintf("%s %.0f%%", after.name, 100*(after.used-cpu[i].used).Seconds()/time.Since(began).Seconds()))
+	for i, p := range c.cpu() {
+		if i < len(cpu) { // it ran before
+			p.used -= cpu[i].used
+		}
+		if p.used > 0 {
+			r.CPU = append(r.CPU, fmt.Sprintf("%s %.0f%%", p.name, 100*p.used.Seconds()/time.Since(began).Seconds()))
+		}
 	}
 	r.Achieved = float64(o.pods) / created.Seconds()
 	slices.Sort(latencies)
