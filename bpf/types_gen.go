@@ -438,6 +438,7 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityLocal      = 16777216
 )
 
 // enum ipcache_flags.

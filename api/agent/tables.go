@@ -32,6 +32,12 @@ type IP struct {
 	Source   string         `json:"source"`
 }
 
+// Identity is one row of `lash identity list`.
+type Identity struct {
+	ID     model.Identity `json:"id"`
+	Labels []string       `json:"labels"` // reserved:host, k8s:app=...
+}
+
 // Service is one row of `lash service list`.
 type Service struct {
 	ID        uint32          `json:"id"`

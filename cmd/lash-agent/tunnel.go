@@ -246,11 +246,5 @@ func (r *recorded[V]) Delete(ctx context.Context, p netip.Prefix) error {
 
 // desiredIPCache is what the ipcache is to hold.
 func (a *agent) desiredIPCache() func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
-	return node.DesiredIPCache(a.tables, a.nodeCfg, func(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
-		rows := map[netip.Prefix]model.IPCacheEntry{}
-		for r := range a.tables.IPCache.All(txn) {
-			rows[r.Prefix] = r.IPCacheEntry
-		}
-		return rows
-	}, state.From(a.tables.IPCache.ToTable()))
+	return node.DesiredIPCache(a.tables, a.nodeCfg, a.tables.Addresses, state.From(a.tables.IPCache.ToTable()), state.From(a.tables.CiliumEndpoints.ToTable()))
 }

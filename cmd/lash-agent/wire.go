@@ -19,6 +19,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
 	"github.com/lash-net/lash/internal/events"
+	"github.com/lash-net/lash/internal/identity"
 	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
@@ -112,6 +113,9 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.task(g, a.heartbeat())
 	a.task(g, a.localNode(g.cancel))
 	a.task(g, a.publishNode())
+	if err := a.startIdentities(g); err != nil {
+		return g.stop(err)
+	}
 
 	// 3. The node's own addresses and devices.
 	if a.host, err = netdev.OpenHost(); err != nil {
@@ -180,11 +184,13 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	// Announced before the loops start: until the pods of before are restored, nothing of theirs is deleted.
 	a.eps, err = endpoint.New(endpoint.Config{
 		Tables: a.tables, Addresses: a.ipam, Devices: a.host, Inventory: a.host, Programs: a.dp, Rows: endpoints,
-		Network: a.podNetwork, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
+		Network: a.podNetwork, Identify: func(ep model.Endpoint) (model.Identity, map[string]string) { return identity.Identify(a.tables, ep) }, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
 	})
 	if err != nil {
 		return g.stop(err)
 	}
+	a.startPublishing(g)
+	a.task(g, a.endpointIdentities())
 	g.start("datapath-endpoints", endpoints.Run)
 	g.start("datapath-ipcache", ipcache.Run)
 	g.start("datapath-devices", devices.Run)

@@ -75,6 +75,10 @@ func TestPrintedForms(t *testing.T) {
 			printIPs(b, []agent.IP{{Prefix: netip.MustParsePrefix("10.244.1.70/32"), Identity: 1, Source: "node"},
 				{Prefix: netip.MustParsePrefix("172.18.0.1/32"), Labels: []string{"reserved:kube-apiserver", "reserved:world"}}})
 		},
+		"identities": func(b *bytes.Buffer) {
+			printIdentities(b, []agent.Identity{{ID: 1, Labels: []string{"reserved:host"}}, {ID: 7, Labels: []string{"reserved:kube-apiserver", "reserved:remote-node"}},
+				{ID: 28568, Labels: []string{"k8s:app=server", "k8s:io.kubernetes.pod.namespace=default"}}, {ID: 16777217, Labels: []string{"reserved:kube-apiserver", "reserved:world"}}})
+		},
 		"nodes": func(b *bytes.Buffer) {
 			printNodes(b, []model.Node{
 				{Name: "lab/nodeb", Addrs: []netip.Addr{addr("172.18.0.12")}, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.2.0/24")}, Source: "custom-resource"},

@@ -145,6 +145,48 @@ func labelLines(e model.Endpoint) []string {
 	return lines
 }
 
+func (a *app) identityCommand() *cobra.Command {
+	get := &cobra.Command{
+		Use: "get ID", Short: "Show the labels behind one identity", Args: cobra.ExactArgs(1),
+		Example: "  lash identity get 28568",
+	}
+	a.outputFlag(get)
+	get.RunE = func(cmd *cobra.Command, args []string) error {
+		if _, err := strconv.ParseUint(args[0], 10, 32); err != nil {
+			return fmt.Errorf("identity %q: must be a number, the first column of 'lash identity list'", args[0])
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var id agent.Identity
+			if err := c.get(ctx, "/v1/identities/"+args[0], &id); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(id); done || err != nil {
+				return err
+			}
+			printIdentities(a.Out, []agent.Identity{id})
+			return nil
+		})
+	}
+	return group("identity", "Identities of the cluster: numbers and the labels behind them", []string{"identities", "id"},
+		listing(a, "list", "List the identities", "/v1/identities", printIdentities), get)
+}
+
+func printIdentities(out io.Writer, ids []agent.Identity) {
+	w := columns(out)
+	row(w, "ID", "LABELS")
+	for _, id := range ids {
+		labels := id.Labels
+		if len(labels) == 0 {
+			labels = []string{""}
+		}
+		row(w, strconv.FormatUint(uint64(id.ID), 10), labels[0])
+		for _, l := range labels[1:] {
+			row(w, "", l)
+		}
+	}
+	w.Flush()
+}
+
 func (a *app) ipCommand() *cobra.Command {
 	return group("ip", "Addresses of the cluster and their identities", []string{"ips"},
 		listing(a, "list", "List the addresses", "/v1/ip", printIPs))

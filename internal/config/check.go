@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/lash-net/lash/internal/model"
 )
 
 var (
@@ -120,6 +122,17 @@ func (c *Config) check() []error {
 	}
 	if d := c.NodesGCInterval; d != 0 && d < time.Second {
 		bad("nodes-gc-interval", "must be 0s (never) or at least 1s")
+	}
+	for key, d := range map[string]time.Duration{"identity-heartbeat-timeout": c.IdentityHeartbeatTimeout, "cilium-endpoint-gc-interval": c.CiliumEndpointGCInterval} {
+		if d != 0 && d < time.Second {
+			bad(key, "must be 0s (never) or at least 1s")
+		}
+	}
+	if c.IdentityGCInterval < time.Second {
+		bad("identity-gc-interval", "must be at least 1s, the time agents have to object")
+	}
+	if _, err := model.ParseLabelFilter(c.Labels); err != nil {
+		bad("labels", "%v", err)
 	}
 	if d := c.UnmanagedPodWatcherPeriod; d != 0 && d < time.Second {
 		bad("unmanaged-pod-watcher-interval", "must be 0s (never) or at least 1s")

@@ -97,10 +97,11 @@ var meaningless = map[string]string{
 	"sidecar-istio-proxy-image":           "there is no proxy",
 	"enable-auto-protect-node-port-range": "masquerading always keeps out of node-port-range",
 	"node-port-bind-protection":           "masquerading always keeps out of node-port-range",
+	"identity-gc-rate-interval":           "the operator deletes as fast as the API server lets it",
+	"identity-gc-rate-limit":              "the operator deletes as fast as the API server lets it",
 	"set-cilium-node-taints":              "the node keeps the taint it was created with until the agent is ready",
 	"remove-cilium-node-taints":           "the agent always removes the taint when it is ready",
 	"write-cni-conf-when-ready":           "the CNI configuration is always written when the agent is ready: see cni-conf-dir",
-	"labels":                              "security-relevant labels are not selectable in this version",
 }
 
 // translate turns an old spelling into the present ones. It returns none for a setting that has no effect.

@@ -122,6 +122,13 @@ func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 			row.IPs = append(row.IPs, a)
 		}
 	}
+	for _, c := range pod.Spec.Containers {
+		for _, port := range c.Ports {
+			if proto, ok := protocol(port.Protocol); ok && port.Name != "" {
+				row.Ports = append(row.Ports, state.PodPort{Name: port.Name, L4: model.L4{Proto: proto, Port: uint16(port.ContainerPort)}})
+			}
+		}
+	}
 	for _, cs := range pod.Status.ContainerStatuses {
 		row.Running = row.Running || cs.State.Running != nil
 	}

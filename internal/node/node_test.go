@@ -125,7 +125,9 @@ func TestIPCache(t *testing.T) {
 		{ID: 8, IPv4: netip.MustParseAddr("10.0.1.8"), Identity: 5, State: model.EndpointDeleting, Ifindex: 10},
 	}
 	var got []string
-	for _, r := range IPCache(config(), nodes, devices, eps) {
+	// The API server's own node, another node, and a machine outside.
+	servers := []netip.Addr{netip.MustParseAddr("172.18.0.1"), netip.MustParseAddr("172.18.0.2"), netip.MustParseAddr("fd18::99")}
+	for _, r := range IPCache(config(), nodes, devices, eps, servers) {
 		got = append(got, fmt.Sprintf("%s %d %v", r.Prefix, r.Identity, r.Node))
 	}
 	want := []string{
@@ -136,7 +138,7 @@ func TestIPCache(t *testing.T) {
 		"10.0.2.1/32 6 172.18.0.2",
 		"10.0.3.0/24 2 192.168.7.3",
 		"172.18.0.1/32 1 invalid IP",
-		"172.18.0.2/32 6 invalid IP",
+		"172.18.0.2/32 7 invalid IP",
 		"192.168.7.3/32 6 invalid IP",
 		"::/0 2 invalid IP",
 		"fd00::101/128 1 invalid IP",
@@ -146,6 +148,7 @@ func TestIPCache(t *testing.T) {
 		"fd00::300/120 2 192.168.7.3",
 		"fd18::1/128 1 invalid IP",
 		"fd18::2/128 6 invalid IP",
+		"fd18::99/128 16777217 invalid IP",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %s\nwant %s", strings.Join(got, "\n"), strings.Join(want, "\n"))

@@ -79,7 +79,7 @@ func rowLines(rows map[netip.Prefix]model.IPCacheEntry) []string {
 // ipcacheOf is the whole way from nodes to what the datapath gets.
 func ipcacheOf(cfg Config, nodes []model.Node, devices []model.Device) map[netip.Prefix]model.IPCacheEntry {
 	rows := map[netip.Prefix]model.IPCacheEntry{}
-	for _, r := range IPCache(cfg, nodes, devices, nil) {
+	for _, r := range IPCache(cfg, nodes, devices, nil, nil) {
 		rows[r.Prefix] = r.IPCacheEntry
 	}
 	Overlay(cfg, nodes, devices, never, rows)

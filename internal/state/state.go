@@ -26,11 +26,17 @@ type Tables struct {
 	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
 	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
 	Pods        statedb.RWTable[Pod]           // k8s: pods of this node
+	Namespaces  statedb.RWTable[Namespace]     // k8s
 	Services    statedb.RWTable[Service]       // k8s
 	Slices      statedb.RWTable[EndpointSlice] // k8s
 	Frontends   statedb.RWTable[Frontend]      // service
-	Controllers statedb.RWTable[Controller]    // every loop
-	BadObjects  statedb.RWTable[BadObject]     // k8s: objects that could not be used
+
+	Identities      statedb.RWTable[Identity]       // k8s: CiliumIdentities
+	PodIdentities   statedb.RWTable[PodIdentity]    // identity: of the pods of this node
+	CiliumEndpoints statedb.RWTable[CiliumEndpoint] // k8s: pods of all nodes
+
+	Controllers statedb.RWTable[Controller] // every loop
+	BadObjects  statedb.RWTable[BadObject]  // k8s: objects that could not be used
 }
 
 // New returns an empty database. Stop ends its background work.
@@ -48,9 +54,13 @@ func New() (*Tables, error) {
 		create(db, &t.Devices, newDevices),
 		create(db, &t.Endpoints, newEndpoints),
 		create(db, &t.Pods, newPods),
+		create(db, &t.Namespaces, newNamespaces),
 		create(db, &t.Services, newServices),
 		create(db, &t.Slices, newSlices),
 		create(db, &t.Frontends, newFrontends),
+		create(db, &t.Identities, newIdentities),
+		create(db, &t.PodIdentities, newPodIdentities),
+		create(db, &t.CiliumEndpoints, newCiliumEndpoints),
 		create(db, &t.Controllers, newControllers),
 		create(db, &t.BadObjects, newBadObjects),
 	)
