@@ -21,7 +21,7 @@ func TestAddressesOfPodsOnOtherNodes(t *testing.T) {
 	}
 	cache := []IPCache{
 		{p("0.0.0.0/0"), model.IPCacheEntry{Identity: 2}},
-		{p("10.0.2.0/24"), model.IPCacheEntry{Identity: 2, Node: a("172.18.0.12"), Tunnel: true}},
+		{p("10.0.2.0/24"), model.IPCacheEntry{Identity: 2, Node: a("172.18.0.12")}},
 		{p("172.18.0.12/32"), model.IPCacheEntry{Identity: 6, Source: "node"}},
 		{p("10.0.1.5/32"), model.IPCacheEntry{Identity: 300, Source: "endpoint"}},
 	}
@@ -42,16 +42,16 @@ func TestAddressesOfPodsOnOtherNodes(t *testing.T) {
 	}
 	want := map[netip.Prefix]model.IPCacheEntry{
 		p("0.0.0.0/0"):      {Identity: 2},
-		p("10.0.2.0/24"):    {Identity: 2, Node: a("172.18.0.12"), Tunnel: true},
+		p("10.0.2.0/24"):    {Identity: 2, Node: a("172.18.0.12")},
 		p("172.18.0.12/32"): {Identity: 6, Source: "node"},
 		p("10.0.1.5/32"):    {Identity: 300, Source: "endpoint"},
-		p("10.0.2.1/32"):    {Identity: 300, Node: a("172.18.0.12"), Tunnel: true, Source: "custom-resource"},
+		p("10.0.2.1/32"):    {Identity: 300, Node: a("172.18.0.12"), Source: "custom-resource"},
 		p("fd00:2::1/128"):  {Identity: 300, Node: a("fd00:172::12"), Source: "custom-resource"},
 		p("fd00:3::1/128"):  {Identity: 301, Node: a("172.18.0.13"), Source: "custom-resource"},
 		p("10.0.1.6/32"):    {Identity: 302, Source: "custom-resource"},
 		p("10.0.9.1/32"):    {Identity: 303, Node: a("172.18.0.99"), Source: "custom-resource"},
 		p("10.0.2.3/32"):    {Identity: 307, Node: a("172.18.0.13"), Source: "custom-resource"},
-		p("10.0.2.4/32"):    {Identity: 308, Node: a("172.18.0.12"), Tunnel: true, Source: "custom-resource"},
+		p("10.0.2.4/32"):    {Identity: 308, Node: a("172.18.0.12"), Source: "custom-resource"},
 	}
 	for range 20 {
 		rand.Shuffle(len(eps), func(i, j int) { eps[i], eps[j] = eps[j], eps[i] })
