@@ -91,6 +91,9 @@ func (a *app) monitor(ctx context.Context, c *client, f monitorFlags, filter mon
 	if err := c.get(ctx, "/v1/status", &s); err != nil {
 		return err
 	}
+	if s.NodeMonitor.State != agent.StateOk {
+		return fmt.Errorf("the agent does not listen for events yet: %s", s.NotReady)
+	}
 	body, err := c.stream(ctx, "/v1/monitor")
 	if err != nil {
 		return err
