@@ -158,6 +158,9 @@ func (a *agent) announceTunnel(ipcache *reconcile.Loop[netip.Prefix, model.IPCac
 	}
 }
 
+// intoTunnel reports whether the route leads another node's pods into the tunnel: the node's own pod CIDR has no MTU.
+func intoTunnel(r model.Route) bool { return r.Dev == netdev.HostDevice && r.MTU > 0 }
+
 // recorded is a target that notes in tunnel-paths what it has: there, and not where it is wanted, the other target's
 // loop sees how far this one is.
 type recorded[V any] struct {
@@ -229,7 +232,41 @@ func (r *recorded[V]) List(ctx context.Context) (map[netip.Prefix]V, error) {
 	return rows, err
 }
 
+// claim notes a step that would leave a prefix routed and not marked, were the other loop to take its own at the same
+// time, before it is done: the one that comes second is refused, and looks again.
+func (r *recorded[V]) claim(p netip.Prefix, v V) error {
+	if p.IsSingleIP() || p.Bits() == 0 {
+		return nil
+	}
+	txn := r.tables.DB.WriteTxn(r.tables.TunnelPaths)
+	defer txn.Abort()
+	before, _, _ := r.tables.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
+	after := before
+	after.Prefix = p
+	r.set(&after, v)
+	routes, unmarks := after.Routed && !before.Routed, before.Marked && !after.Marked
+	switch {
+	case !routes && !unmarks:
+		return nil
+	case after.Routed && !after.Marked:
+		return fmt.Errorf("%s: the way into the tunnel is changing", p)
+	}
+	var err error
+	if after.Marked || after.Routed {
+		_, _, err = r.tables.TunnelPaths.Insert(txn, after)
+	} else {
+		_, _, err = r.tables.TunnelPaths.Delete(txn, after)
+	}
+	if err == nil {
+		txn.Commit()
+	}
+	return err
+}
+
 func (r *recorded[V]) Put(ctx context.Context, p netip.Prefix, v V) error {
+	if err := r.claim(p, v); err != nil {
+		return err
+	}
 	if err := r.Target.Put(ctx, p, v); err != nil {
 		return err
 	}
@@ -237,10 +274,13 @@ func (r *recorded[V]) Put(ctx context.Context, p netip.Prefix, v V) error {
 }
 
 func (r *recorded[V]) Delete(ctx context.Context, p netip.Prefix) error {
+	var none V
+	if err := r.claim(p, none); err != nil {
+		return err
+	}
 	if err := r.Target.Delete(ctx, p); err != nil {
 		return err
 	}
-	var none V
 	return r.note(map[netip.Prefix]V{p: none}, false)
 }
 

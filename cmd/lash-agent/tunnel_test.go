@@ -87,7 +87,7 @@ func TestModesChangeWithoutAGap(t *testing.T) {
 			w.Commit()
 			stages := node.NewStages(tables, a.nodeCfg)
 			marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
-			ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = v.Dev == netdev.HostDevice })
+			ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 			ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
 			routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
 				Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route],
@@ -129,6 +129,9 @@ func TestModesChangeWithoutAGap(t *testing.T) {
 			settled := func() string {
 				k.mu.Lock()
 				defer k.mu.Unlock()
+				if own := netip.MustParsePrefix("10.0.1.0/24"); k.routes[own].Dev != netdev.HostDevice {
+					return fmt.Sprintf("%s: %+v", own, k.routes[own])
+				}
 				for i, tunnel := range announced {
 					p, want := netip.MustParsePrefix(fmt.Sprintf("10.0.%d.0/24", 10+i)), tunnel != "" && a.nodeCfg.Tunnel != ""
 					if k.rows[p].Tunnel != want || (k.routes[p].Dev == netdev.HostDevice) != want {

@@ -167,7 +167,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
 	})
 	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
-	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = v.Dev == netdev.HostDevice })
+	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
 		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
 		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
