@@ -17,6 +17,7 @@ type Node struct {
 	Addrs    []netip.Addr   // InternalIPs, IPv4 first
 	PodCIDRs []netip.Prefix // IPv4 first
 	Routers  []netip.Addr   // CiliumInternalIPs, IPv4 first
+	Health   []netip.Addr   // of its health endpoint, IPv4 first; empty: it has none
 	Local    bool
 	Source   string
 }
