@@ -41,6 +41,7 @@ var rules = []rule{
 	{"internal/state", []string{"internal/model", "internal/reconcile"}, []string{statedb}},
 	{"internal/config", []string{"internal/model"}, []string{"sigs.k8s.io/yaml"}},
 	// Pure stages: never each other, never the API server, BPF or the kernel.
+	{"internal/health", stage, []string{statedb, "golang.org/x/net/", xsys}},
 	{"internal/identity", stage, []string{statedb}},
 	{"internal/ipam", stage, []string{statedb}},
 	{"internal/node", stage, []string{statedb}},

@@ -28,6 +28,7 @@ type Tables struct {
 	Services    statedb.RWTable[Service]       // k8s
 	Slices      statedb.RWTable[EndpointSlice] // k8s
 	Frontends   statedb.RWTable[Frontend]      // service
+	NodeHealth  statedb.RWTable[NodeHealth]    // health: what probes of nodes have found
 	Controllers statedb.RWTable[Controller]    // every loop
 	BadObjects  statedb.RWTable[BadObject]     // k8s: objects that could not be used
 }
@@ -49,6 +50,7 @@ func New() (*Tables, error) {
 		create(db, &t.Services, newServices),
 		create(db, &t.Slices, newSlices),
 		create(db, &t.Frontends, newFrontends),
+		create(db, &t.NodeHealth, newNodeHealth),
 		create(db, &t.Controllers, newControllers),
 		create(db, &t.BadObjects, newBadObjects),
 	)
