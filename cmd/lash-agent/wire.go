@@ -18,6 +18,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
+	"github.com/lash-net/lash/internal/health"
 	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
@@ -50,6 +51,7 @@ type agent struct {
 	host    *netdev.Host
 	dp      *datapath.Datapath // nil until the node has its addresses
 	eps     *endpoint.Endpoints
+	prober  *health.Prober
 
 	kinds      []string                         // API kinds that are watched
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
@@ -83,6 +85,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	defer a.tables.Stop()
 	a.ipam = ipam.New(cfg.IPAM, cfg.EnableIPv4, cfg.EnableIPv6)
 	a.nodeCfg = nodeConfig(cfg, name)
+	a.prober = health.NewProber(health.Config{Tables: a.tables, Port: uint16(cfg.ClusterHealthPort), Log: log})
 	a.chooseHostRouting()
 	srv := server.New(server.Config{Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Log: log})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
@@ -199,6 +202,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		return g.stop(err)
 	}
 	a.task(g, a.markNode())
+	a.startHealth(g)
 	if cfg.UnmanagedPodWatcherPeriod > 0 {
 		a.task(g, a.unmanagedPods())
 	}

@@ -93,7 +93,7 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
 	root.AddCommand(
 		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(),
 		a.statusCommand(), a.endpointCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.bpfCommand(), a.dbCommand(),
-		a.benchCommand(), a.versionCommand(),
+		a.healthCommand(), a.benchCommand(), a.versionCommand(),
 	)
 	return root
 }

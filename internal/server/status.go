@@ -33,6 +33,8 @@ type Facts struct {
 	ClockSource          string
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
+	HealthDaemon         agent.Component
+	ProbeInterval        time.Duration
 	Why                  []agent.Requirement
 }
 
@@ -60,7 +62,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		CNIChaining:      "none",
 		CNIConfigFile:    f.CNIConfigFile,
 		NodeMonitor:      disabled(""),
-		HealthDaemon:     disabled(""),
+		HealthDaemon:     f.HealthDaemon,
 		IPAM:             f.IPAM,
 		IPv4BigTCP:       disabled(""),
 		IPv6BigTCP:       disabled(""),
@@ -74,7 +76,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		Hubble:           disabled(""),
 		BPFMaps:          f.BPFMaps,
 		Encryption:       disabled(""),
-		ClusterHealth:    agent.ClusterHealth{State: agent.StateDisabled},
+		ClusterHealth:    clusterHealth(t, txn, f, unreachableShown),
 		MTU:              f.MTU,
 	}
 	version := f.Version.Version
