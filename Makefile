@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test demo demo-down test-kernels bench bench-control clean
+.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test demo demo-down test-kernels bench bench-control bench-identities clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,15 +69,17 @@ netns: bpf
 	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
 
 e2e: image
-	$(SAY) 'e2e: three nodes of real Kubernetes; then resilience: agents, nodes and the API server go away while pods talk'
+	$(SAY) 'e2e: three nodes of real Kubernetes; natively routed, then by the tunnel: resilience, changes of mode'
 	bin/sandbox down --name e2e
-	trap 'bin/sandbox down --name e2e' EXIT; bin/sandbox demo --name e2e --resilience
+	trap 'bin/sandbox down --name e2e' EXIT; \
+	bin/sandbox demo --name e2e --mode native && bin/sandbox demo --name e2e --mode vxlan --resilience --switch
 
 test: lint unit packet netns e2e ## every layer
 	$(SAY) 'all layers passed'
 
-demo: image ## a three-node cluster on Lash, checked and left running
-	bin/sandbox demo
+MODE ?= vxlan
+demo: image ## a three-node cluster on Lash, checked and left running; MODE=native without tunnel
+	bin/sandbox demo --mode $(MODE)
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down
@@ -94,6 +96,10 @@ bench: bpf ## Lash against the bare namespaces, in one run, with gates; BENCH="-
 bench-control: bpf ## CNI ADD of 100 pods, the agent's start and memory
 	$(GO_BUILD) -o bin/ ./cmd/lash-agent ./cmd/lash-cni
 	go run ./test/bench/control $(BENCH)
+
+bench-identities: bpf ## 10,000 pods with 2,000 sets of labels through a real API server, three agents; BENCH="-rate 50" adds flags
+	$(GO_BUILD) -o bin/ ./cmd/lash-agent ./cmd/lash-cni ./cmd/lash-operator
+	go run ./test/bench/identities $(BENCH)
 
 clean:
 	rm -rf bin dist bpf/obj

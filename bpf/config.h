@@ -35,6 +35,7 @@ CONFIG(struct addr, router4, "the pods' IPv4 gateway (IPv4-mapped)");
 CONFIG(struct addr, router6, "the pods' IPv6 gateway");
 CONFIG(__u32, snat_min, "first source port for masquerading");
 CONFIG(__u32, snat_max, "last source port for masquerading");
+CONFIG(__u32, events_wake, "unread bytes of lash_events after which its reader is woken, a power of two");
 CONFIG(bool, have_set_retval, "bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM");
 
 #endif

@@ -9,16 +9,17 @@
 
 static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
-	struct conn_dir forth = {}, back = {};
-	__u32 epoch = current_epoch();
+	__u32 epoch = current_epoch(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *forth, *back, *d, *other;
 	struct ipcache_entry *remote = NULL;
 	struct endpoint *ep, *src;
-	struct conn_dir *d, *other;
-	struct conn_key k;
-	struct conn *c;
 	bool from_hi, orig;
+	struct conn *c;
 	int action, err = 0;
 
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
 	ep = endpoint_of(&p->dst);
 	if (!ep)
 		remote = tunnel_to(&p->dst);
@@ -33,29 +34,32 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 		if (err)
 			return err;
 	}
-	from_hi = pkt_key(&k, p);
-	c = conn_open(skb, p, &k, from_hi, &err);
+	from_hi = pkt_key(&scratch->key, p);
+	c = conn_open(skb, p, &scratch->key, from_hi, &err);
 	if (!c)
 		return err;
 	orig = conn_from_initiator(c, from_hi);
 
 	/* Ingress policy comes in here. */
 
+	forth = &scratch->conn.orig; /* free again: conn_open has copied it */
+	back = &scratch->conn.reply;
+	__builtin_memset(forth, 0, sizeof(*forth));
 	src = endpoint_of(&p->src);
 	if (ep)
-		decide_pod(&forth, IN_HOST, ep, 0);
+		decide_pod(forth, IN_HOST, ep, 0);
 	else if (remote)
-		decide_tunnel(&forth, IN_HOST, &remote->node, src ? src->identity : IDENTITY_HOST);
+		decide_tunnel(forth, IN_HOST, &remote->node, src ? src->identity : IDENTITY_HOST);
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_HOST, why, skb->len);
-	dir_publish(d, &forth, epoch);
+	dir_publish(d, forth, epoch);
 	if (src && (src->flags & ENDPOINT_HOST) && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) {
-		decide_stack(&back, ep ? ep->ifindex : IN_OVERLAY, ACTION_HOST, FOREVER);
-		dir_publish(other, &back, epoch);
+		decide_stack(back, ep ? ep->ifindex : IN_OVERLAY, ACTION_HOST, FOREVER);
+		dir_publish(other, back, epoch);
 	}
-	action = carry_out(skb, p, HOOK_HOST, c, &forth, &k);
+	action = carry_out(skb, p, HOOK_HOST, c, forth, &scratch->key, conn_tell(d, p, orig));
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -78,11 +82,15 @@ int from_host(struct __sk_buff *skb)
 			slow = slow_pkt(&p);
 			if (!slow)
 				return VERDICT_DROP;
-			verdict = from_host_slow(skb, slow, why);
+			arrived(skb, TRACE_FROM_HOST);
+			if (why == SLOW_REPORT)
+				verdict = conn_report(skb, slow, HOOK_HOST);
+			if (verdict == NOT_FAST)
+				verdict = from_host_slow(skb, slow, why);
 			return verdict < NOT_FAST ? drop(skb, slow, HOOK_HOST, verdict) : verdict;
 		}
 	}
-	return verdict < NOT_FAST ? drop(skb, &p, HOOK_HOST, verdict) : verdict;
+	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_HOST, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

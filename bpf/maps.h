@@ -22,11 +22,37 @@ struct mac {
 };
 
 /* --- lash_runtime: the one row that the agent changes under running programs.
- * Agent writes epoch; the clock program writes ticks; every program reads. */
+ * Agent writes; the clock program writes ticks; every program reads. */
+enum event_switches {
+	EVENTS_DROP    = 1,
+	EVENTS_TRACE   = 2,
+	EVENTS_DEBUG   = 4,
+	EVENTS_VERDICT = 8,
+};
+
+enum aggregation {
+	AGGREGATE_NONE,          /* every packet, where it came from and where it goes */
+	AGGREGATE_LOW,           /* every packet, where it goes */
+	AGGREGATE_MEDIUM,        /* of a connection's direction: the first, new TCP flags, each interval */
+	AGGREGATE_MAXIMUM,       /* the same without interval */
+};
+
+/* What makes a packet worth an event, as struct runtime.report masks it: its TCP
+ * flags, that it is its direction's first, that it is there. */
+enum report {
+	REPORT_FLAGS = 0xff,
+	REPORT_EVERY = 0x100,
+	REPORT_FIRST = 0x200,
+};
+
 struct runtime {
-	__u32 epoch;     /* raised after every change; older decisions are made again */
+	__u32 epoch;             /* raised after every change; older decisions are made again */
+	__u32 interval;          /* ticks between events of one direction; 0: no such events */
+	__u64 ticks;             /* jiffies when the clock program last ran */
+	__u16 report;            /* enum report; 0: nobody listens */
+	__u8 events;             /* enum event_switches; 0: nobody listens */
+	__u8 aggregation;        /* enum aggregation */
 	__u32 pad;
-	__u64 ticks;     /* jiffies when the clock program last ran */
 };
 
 struct {
@@ -177,6 +203,9 @@ struct conn_dir {
 	};
 	__u64 packets;           /* plain increments: one direction is one CPU's, nearly always */
 	__u64 bytes;
+	__u32 due;               /* ticks (low half); past it the next packet is worth an event */
+	__u16 seen;              /* enum report, what events told already */
+	__u16 seen_out;          /* the same for to_netdev, which packets reach by way of the stack */
 };
 
 enum conn_flags {
@@ -363,6 +392,7 @@ enum slow_reason {
 	SLOW_UNROUTED,           /* no route: handed to the stack, which answers */
 	SLOW_NEIGHBOUR,          /* sent by way of the kernel's neighbour table */
 	SLOW_MASQUERADE,         /* a reply to a masqueraded connection */
+	SLOW_REPORT,             /* followed its decision, with an event */
 	COUNT_ROWS,
 };
 
@@ -373,6 +403,21 @@ struct {
 	__type(value, struct count);
 } lash_counts SEC(".maps");
 
+/* --- lash_events: what is told about packets (lib/message.h). Programs write while
+ * lash_runtime says that somebody listens, the agent reads. Its size is the agent's choice.
+ * lash_events_lost: events a CPU had no room for, since the maps were made. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 19);
+} lash_events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} lash_events_lost SEC(".maps");
+
 /* --- lash_scratch: memory a CPU for what is too big for the stack. */
 struct scratch {
 	struct conn conn;
@@ -380,9 +425,15 @@ struct scratch {
 	struct conn_key nat_key; /* the translated one */
 	__u8 fib[64];            /* struct bpf_fib_lookup */
 	__u8 pkt[80];            /* struct pkt */
-	__u8 plan[160];          /* struct plan */
+	__u8 plan[176];          /* struct plan */
 	__u8 tuple[40];          /* struct bpf_sock_tuple */
 	__u8 inner[48];          /* struct inner */
+	struct ipcache_key prefix;
+	__u32 tell;              /* enum trace_reason */
+	/* Of an event: both ends, and where the tunnel leads (the last four bytes). */
+	__u32 src_identity, dst_identity;
+	__u16 src_id, dst_id;
+	__be32 node;
 };
 
 struct {

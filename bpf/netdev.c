@@ -26,15 +26,16 @@ static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 
 
 static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
-	struct conn_dir forth = {};
-	__u32 epoch = current_epoch();
+	__u32 epoch = current_epoch(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *forth, *d, *other;
 	struct endpoint *ep, *src;
-	struct conn_key k;
-	struct conn_dir *d, *other;
-	struct conn *c;
 	bool from_hi, orig;
+	struct conn *c;
 	int action, err = 0;
 
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
 	ep = endpoint_of(&p->dst);
 	if (!ep || (ep->flags & ENDPOINT_HOST))
 		return VERDICT_OK; /* the stack routes it, answers it, or knows that nobody has it */
@@ -48,26 +49,28 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 		if (err)
 			return err;
 	}
-	from_hi = pkt_key(&k, p);
-	c = conn_open(skb, p, &k, from_hi, &err);
+	from_hi = pkt_key(&scratch->key, p);
+	c = conn_open(skb, p, &scratch->key, from_hi, &err);
 	if (!c)
 		return err;
 	orig = conn_from_initiator(c, from_hi);
 
 	/* Ingress policy comes in here. */
 
-	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
+	forth = &scratch->conn.orig; /* free again: conn_open has copied it */
+	__builtin_memset(forth, 0, sizeof(*forth));
+	decide_pod(forth, IN_NETDEV, ep, DIR_TTL);
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : why, skb->len);
-	dir_publish(d, &forth, epoch);
+	dir_publish(d, forth, epoch);
 	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
 	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
 		decide_answer(skb, p, ep->ifindex, other, epoch);
 	if (p->ttl <= 1)
 		return VERDICT_OK;
-	action = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
+	action = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(d, p, orig));
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -119,7 +122,7 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_ICMP_ERROR, skb->len);
 	if (!cfg_host_routing || p->ttl <= 1)
 		return VERDICT_OK;
-	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
+	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k, conn_tell(&c->reply, p, false));
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
 }
 
@@ -142,37 +145,44 @@ static __always_inline bool may_answer_masqueraded(const struct pkt *p)
 /* A packet to the node itself, which may answer a masqueraded one. */
 static __noinline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
 {
-	struct conn_key translated, k;
-	struct addr pod;
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_key *k;
+	struct addr *pod;
 	struct conn *c;
 	int verdict;
 
+	if (!scratch)
+		return VERDICT_OK;
+	k = &scratch->key;
 	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
 		return VERDICT_OK;
-	pkt_key(&translated, p);
-	c = nat_owner(&translated, &k);
+	pkt_key(&scratch->nat_key, p);
+	c = nat_owner(&scratch->nat_key, k);
 	if (!c)
 		return VERDICT_OK;
-	pod = c->flags & CONN_INITIATOR_HI ? k.hi : k.lo;
+	arrived(skb, TRACE_FROM_NETWORK);
+	pod = c->flags & CONN_INITIATOR_HI ? &k->hi : &k->lo;
 	if (c->reply.epoch != current_epoch() || c->reply.in != IN_NETDEV || p->ttl <= 1 || !cfg_host_routing) {
-		struct endpoint *ep = endpoint_of(&pod);
-		struct conn_dir forth = {};
+		struct endpoint *ep = endpoint_of(pod);
+		struct conn_dir *forth = &scratch->conn.reply;
 
 		if (!ep)
 			return DROP(p, DROP_UNROUTABLE);
+		__builtin_memset(forth, 0, sizeof(*forth));
 		if (cfg_host_routing && p->ttl > 1)
-			decide_pod(&forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
+			decide_pod(forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
 		else /* the stack delivers it, or answers that its time is exceeded */
-			decide_stack(&forth, IN_NETDEV, ACTION_PASS, 0);
-		forth.flags |= DIR_NO_NAT;
+			decide_stack(forth, IN_NETDEV, ACTION_PASS, 0);
+		forth->flags |= DIR_NO_NAT;
 		count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
 		conn_see(c, &c->reply, p, false, skb->len, ticks());
-		dir_publish(&c->reply, &forth, forth.action == ACTION_PASS ? 0 : current_epoch());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k);
+		dir_publish(&c->reply, forth, forth->action == ACTION_PASS ? 0 : current_epoch());
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, forth, k, conn_tell(&c->reply, p, false));
 	} else {
 		count(HOOK_NETDEV, SLOW_NOT, skb->len);
 		conn_see(c, &c->reply, p, false, skb->len, ticks());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, &k);
+		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, k, conn_tell(&c->reply, p, false));
 	}
 	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
 }
@@ -206,11 +216,15 @@ int from_netdev(struct __sk_buff *skb)
 	if (for_pods(&p, &p.dst)) {
 		verdict = cfg_host_routing ? conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why) : NOT_FAST;
 		if (verdict != NOT_FAST)
-			return verdict < NOT_FAST ? drop(skb, &p, HOOK_NETDEV, verdict) : verdict;
+			return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;
 		slow = slow_pkt(&p);
 		if (!slow)
 			return VERDICT_DROP;
-		verdict = from_netdev_slow(skb, slow, why);
+		arrived(skb, TRACE_FROM_NETWORK);
+		if (why == SLOW_REPORT)
+			verdict = conn_report(skb, slow, HOOK_NETDEV);
+		if (verdict == NOT_FAST)
+			verdict = from_netdev_slow(skb, slow, why);
 		/* Without a pod CIDR to go by, the node's own addresses come here too. */
 		if (verdict == VERDICT_OK && !pods_known(slow))
 			verdict = to_node(skb, slow);
@@ -230,9 +244,10 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	__u32 out = skb->ifindex;
 	struct endpoint *ep;
 	struct device *dev;
+	enum trace_reason tell;
 	struct conn_key k;
 	struct conn *c;
-	bool from_hi;
+	bool from_hi, orig, nat = false;
 	int err = 0;
 
 	ep = endpoint_of(&p->src);
@@ -257,17 +272,20 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	c = conn_open(skb, p, &k, from_hi, &err);
 	if (!c)
 		return err;
-	if (!conn_from_initiator(c, from_hi))
-		return VERDICT_OK;
-	err = masquerade(skb, p, &k, c, dev);
-	if (err)
-		return err;
-	c->expires = ticks() + conn_lifetime(c, p->proto);
-	count(HOOK_NETDEV_OUT, c->flags & CONN_NAT ? SLOW_MASQUERADE : SLOW_NOT, skb->len);
-	if (!(c->flags & CONN_NAT))
-		return VERDICT_OK;
-	if (nat_apply(skb, p, c, &k, DIR_TO_NAT))
-		return DROP(p, DROP_WRITE);
+	orig = conn_from_initiator(c, from_hi);
+	tell = conn_tell_out(orig ? &c->orig : &c->reply, p, orig);
+	if (orig) {
+		err = masquerade(skb, p, &k, c, dev);
+		if (err)
+			return err;
+		c->expires = ticks() + conn_lifetime(c, p->proto);
+		count(HOOK_NETDEV_OUT, c->flags & CONN_NAT ? SLOW_MASQUERADE : SLOW_NOT, skb->len);
+		nat = c->flags & CONN_NAT;
+		if (nat && nat_apply(skb, p, c, &k, DIR_TO_NAT))
+			return DROP(p, DROP_WRITE);
+	}
+	if (tell != TRACE_NOT)
+		observe(skb, TRACE_TO_NETWORK | (nat ? OBSERVE_NAT : 0), out, tell, c->expires / cfg_hz);
 	return VERDICT_OK;
 }
 

@@ -91,7 +91,7 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	if (p->ttl <= 1 && (forth->flags & DIR_TTL))
 		action = to_host(skb, p);
 	else
-		action = carry_out(skb, p, HOOK_OVERLAY, c, forth, &scratch->key);
+		action = carry_out(skb, p, HOOK_OVERLAY, c, forth, &scratch->key, conn_tell(d, p, orig));
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -116,11 +116,15 @@ int from_overlay(struct __sk_buff *skb)
 			slow = slow_pkt(&p);
 			if (!slow)
 				return VERDICT_DROP;
-			verdict = from_overlay_slow(skb, slow, why);
+			arrived(skb, TRACE_FROM_OVERLAY);
+			if (why == SLOW_REPORT)
+				verdict = conn_report(skb, slow, HOOK_OVERLAY);
+			if (verdict == NOT_FAST)
+				verdict = from_overlay_slow(skb, slow, why);
 			return verdict < NOT_FAST ? drop(skb, slow, HOOK_OVERLAY, verdict) : verdict;
 		}
 	}
-	return verdict < NOT_FAST ? drop(skb, &p, HOOK_OVERLAY, verdict) : verdict;
+	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_OVERLAY, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

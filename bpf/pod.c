@@ -84,6 +84,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn_dir *d;
 	struct conn *c;
 	struct ipcache_entry *remote;
+	enum trace_reason tell;
 	bool from_hi, orig, exceeds;
 	__u32 epoch = current_epoch();
 	int action, err = 0;
@@ -148,6 +149,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	else if (action == ACTION_NEIGH)
 		plan->why = SLOW_NEIGHBOUR;
 	conn_see(c, d, p, orig, skb->len, ticks());
+	tell = conn_tell(d, p, orig);
 	count(HOOK_POD, plan->why, skb->len);
 
 	/* A neighbour that is not known is found by the packet itself, and one that is
@@ -157,6 +159,9 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			dir_publish(d, &plan->forth, epoch);
 		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
 			return DROP(p, DROP_WRITE);
+		if (tell != TRACE_NOT)
+			observe(skb, TRACE_TO_NETWORK | OBSERVE_EGRESS | (plan->forth.flags & DIR_TO_NAT ? OBSERVE_NAT : 0),
+				plan->hop.ifindex, tell, c->expires / cfg_hz);
 		err = by_neighbour(skb, p, &plan->hop);
 		return err == -1 ? DROP(p, DROP_WRITE) : err;
 	}
@@ -167,10 +172,12 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			dir_publish(orig ? &c->reply : &c->orig, &plan->back, epoch);
 	}
 	if (exceeds) {
+		if (tell != TRACE_NOT)
+			observe(skb, TRACE_TO_STACK | OBSERVE_EGRESS, 0, tell, c->expires / cfg_hz);
 		action = to_host(skb, p);
 		return action == -1 ? DROP(p, DROP_WRITE) : action;
 	}
-	action = carry_out(skb, p, HOOK_POD, c, &plan->forth, k);
+	action = carry_out(skb, p, HOOK_POD, c, &plan->forth, k, tell);
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
@@ -236,11 +243,15 @@ int from_container(struct __sk_buff *skb)
 			slow = slow_pkt(&p);
 			if (!slow)
 				return VERDICT_DROP;
-			verdict = from_container_slow(skb, slow, why);
+			arrived(skb, TRACE_FROM_ENDPOINT);
+			if (why == SLOW_REPORT)
+				verdict = conn_report(skb, slow, HOOK_POD);
+			if (verdict == NOT_FAST)
+				verdict = from_container_slow(skb, slow, why);
 			return verdict < NOT_FAST ? drop(skb, slow, HOOK_POD, verdict) : verdict;
 		}
 	}
-	return verdict < NOT_FAST ? drop(skb, &p, HOOK_POD, verdict) : verdict;
+	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_POD, verdict) : verdict;
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

@@ -2,7 +2,7 @@
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Never loaded: compiled so that the enumerations, which programs use only as
- * numbers, have BTF for bpf/gen to read. */
+ * numbers, and the messages of lash_events have BTF for bpf/gen to read. */
 #include "lib/route.h"
 
 enum endpoint_flags *endpoint_flags;
@@ -17,3 +17,20 @@ enum drop_reason *drop_reason;
 enum file_id *file_id;
 enum identity *identity;
 enum ipcache_flags *ipcache_flags;
+enum event_switches *event_switches;
+enum aggregation *aggregation;
+enum report *report;
+enum event_type *event_type;
+enum trace_point *trace_point;
+enum trace_reason *trace_reason;
+enum trace_flags *trace_flags;
+enum capture_point *capture_point;
+enum verdict_flags *verdict_flags;
+enum debug_type *debug_type;
+
+struct event_head *event_head;
+struct trace_notify *trace_notify;
+struct drop_notify *drop_notify;
+struct capture_notify *capture_notify;
+struct verdict_notify *verdict_notify;
+struct debug_notify *debug_notify;

@@ -22,7 +22,22 @@ type BackendKey struct {
 	Slot    uint32
 }
 
-// Conn is struct conn, 144 bytes.
+// CaptureNotify is struct capture_notify, 24 bytes.
+type CaptureNotify struct {
+	Head Message
+	Cap  Captured
+	Arg1 uint32
+	Arg2 uint32
+}
+
+// Captured is struct captured, 8 bytes.
+type Captured struct {
+	LenOrig uint32
+	LenCap  uint16
+	Version uint16
+}
+
+// Conn is struct conn, 160 bytes.
 type Conn struct {
 	Orig    ConnDir
 	Reply   ConnDir
@@ -35,7 +50,7 @@ type Conn struct {
 	_       uint32
 }
 
-// ConnDir is struct conn_dir, 56 bytes.
+// ConnDir is struct conn_dir, 64 bytes.
 type ConnDir struct {
 	Epoch      uint32
 	Deadline   uint32
@@ -50,6 +65,9 @@ type ConnDir struct {
 	_          [4]byte
 	Packets    uint64
 	Bytes      uint64
+	Due        uint32
+	Seen       uint16
+	SeenOut    uint16
 }
 
 // ConnKey is struct conn_key, 40 bytes.
@@ -66,6 +84,14 @@ type ConnKey struct {
 type Count struct {
 	Packets uint64
 	Bytes   uint64
+}
+
+// DebugNotify is struct debug_notify, 20 bytes.
+type DebugNotify struct {
+	Head Message
+	Arg1 uint32
+	Arg2 uint32
+	Arg3 uint32
 }
 
 // Device is struct device, 40 bytes.
@@ -85,6 +111,19 @@ type DropKey struct {
 	_      [3]uint8
 }
 
+// DropNotify is struct drop_notify, 36 bytes.
+type DropNotify struct {
+	Head        Message
+	Cap         Captured
+	SrcIdentity uint32
+	DstIdentity uint32
+	DstID       uint32
+	Line        uint16
+	File        uint8
+	ExtError    int8
+	Ifindex     uint32
+}
+
 // Endpoint is struct endpoint, 32 bytes.
 type Endpoint struct {
 	Ifindex  uint32
@@ -94,6 +133,14 @@ type Endpoint struct {
 	MAC      MAC
 	NodeMAC  MAC
 	_        [8]uint8
+}
+
+// EventHead is struct event_head, 16 bytes.
+type EventHead struct {
+	Time uint64
+	Cpu  uint16
+	Len  uint16
+	Lost uint32
 }
 
 // FragKey is struct frag_key, 40 bytes.
@@ -140,23 +187,42 @@ type MAC struct {
 	B [6]uint8
 }
 
-// Runtime is struct runtime, 16 bytes.
-type Runtime struct {
-	Epoch uint32
-	_     uint32
-	Ticks uint64
+// Message is struct message, 8 bytes.
+type Message struct {
+	Type    uint8
+	Subtype uint8
+	Source  uint16
+	Hash    uint32
 }
 
-// Scratch is struct scratch, 616 bytes.
+// Runtime is struct runtime, 24 bytes.
+type Runtime struct {
+	Epoch       uint32
+	Interval    uint32
+	Ticks       uint64
+	Report      uint16
+	Events      uint8
+	Aggregation uint8
+	_           uint32
+}
+
+// Scratch is struct scratch, 688 bytes.
 type Scratch struct {
-	Conn   Conn
-	Key    ConnKey
-	NATKey ConnKey
-	FIB    [64]uint8
-	Pkt    [80]uint8
-	Plan   [160]uint8
-	Tuple  [40]uint8
-	Inner  [48]uint8
+	Conn        Conn
+	Key         ConnKey
+	NATKey      ConnKey
+	FIB         [64]uint8
+	Pkt         [80]uint8
+	Plan        [176]uint8
+	Tuple       [40]uint8
+	Inner       [48]uint8
+	Prefix      IPCacheKey
+	Tell        uint32
+	SrcIdentity uint32
+	DstIdentity uint32
+	SrcID       uint16
+	DstID       uint16
+	Node        BE32
 }
 
 // Service is struct service, 16 bytes.
@@ -192,6 +258,47 @@ type SockRevKey struct {
 	_      [6]uint8
 }
 
+// TraceNotify is struct trace_notify, 48 bytes.
+type TraceNotify struct {
+	Head        Message
+	Cap         Captured
+	SrcIdentity uint32
+	DstIdentity uint32
+	DstID       uint16
+	Reason      uint8
+	Flags       uint8
+	Ifindex     uint32
+	OrigIP      [16]uint8
+}
+
+// VerdictNotify is struct verdict_notify, 36 bytes.
+type VerdictNotify struct {
+	Head           Message
+	Cap            Captured
+	RemoteIdentity uint32
+	Verdict        int32
+	DstPort        uint16
+	Proto          uint8
+	Flags          uint8
+	AuthType       uint8
+	_              [3]uint8
+	Cookie         uint32
+}
+
+// enum aggregation.
+const (
+	AggregateNone    = 0
+	AggregateLow     = 1
+	AggregateMedium  = 2
+	AggregateMaximum = 3
+)
+
+// enum capture_point.
+const (
+	CaptureSNATPre  = 10
+	CaptureSNATPost = 11
+)
+
 // enum conn_action.
 const (
 	ActionNone   = 0
@@ -224,6 +331,25 @@ const (
 	StateFINReply = 4
 	StateClosed   = 8
 	StateFINBoth  = 6
+)
+
+// enum debug_type.
+const (
+	DebugLocalDelivery = 2
+	DebugEncap         = 3
+	DebugCTMatch       = 8
+	DebugCTVerdict     = 15
+	DebugDecap         = 16
+	DebugCTLookup41    = 48
+	DebugCTLookup42    = 49
+	DebugCTCreated4    = 50
+	DebugCTLookup61    = 51
+	DebugCTLookup62    = 52
+	DebugCTCreated6    = 53
+	DebugNoIdentity4   = 56
+	DebugNoIdentity6   = 57
+	DebugIdentity4     = 58
+	DebugIdentity6     = 59
 )
 
 // enum dir_flags.
@@ -262,6 +388,24 @@ const (
 	EndpointHost = 1
 )
 
+// enum event_switches.
+const (
+	EventsDrop    = 1
+	EventsTrace   = 2
+	EventsDebug   = 4
+	EventsVerdict = 8
+)
+
+// enum event_type.
+const (
+	EventDrop    = 1
+	EventDebug   = 2
+	EventCapture = 3
+	EventTrace   = 4
+	EventVerdict = 5
+	EventAgent   = 130
+)
+
 // enum file_id.
 const (
 	FilePod     = 1
@@ -294,12 +438,20 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityLocal      = 16777216
 )
 
 // enum ipcache_flags.
 const (
 	IPCacheTunnel = 1
 	IPCachePeer   = 2
+)
+
+// enum report.
+const (
+	ReportFlags = 255
+	ReportEvery = 256
+	ReportFirst = 512
 )
 
 // enum slow_reason.
@@ -319,7 +471,51 @@ const (
 	SlowUnrouted   = 12
 	SlowNeighbour  = 13
 	SlowMasquerade = 14
-	CountRows      = 15
+	SlowReport     = 15
+	CountRows      = 16
+)
+
+// enum trace_flags.
+const (
+	TraceIPv6 = 1
+)
+
+// enum trace_point.
+const (
+	TraceToEndpoint   = 0
+	TraceToProxy      = 1
+	TraceToHost       = 2
+	TraceToStack      = 3
+	TraceToOverlay    = 4
+	TraceFromEndpoint = 5
+	TraceFromProxy    = 6
+	TraceFromHost     = 7
+	TraceFromStack    = 8
+	TraceFromOverlay  = 9
+	TraceFromNetwork  = 10
+	TraceToNetwork    = 11
+	TraceFromCrypto   = 12
+	TraceToCrypto     = 13
+)
+
+// enum trace_reason.
+const (
+	TraceNew         = 0
+	TraceEstablished = 1
+	TraceReply       = 2
+	TraceRelated     = 3
+	TraceReopened    = 4
+	TraceUnknown     = 5
+	TraceNot         = 255
+)
+
+// enum verdict_flags.
+const (
+	VerdictIngress  = 1
+	VerdictEgress   = 2
+	VerdictIPv6     = 4
+	VerdictAudited  = 64
+	VerdictL3Device = 128
 )
 
 // Constants are what the agent decides before the kernel sees a program (CONFIG in config.h).
@@ -334,6 +530,8 @@ type Constants struct {
 	CTTCPTicks uint32 `cfg:"cfg_ct_tcp_ticks"`
 	// device that routes to other nodes, used where the kernel's FIB answer names none.
 	DirectIfindex uint32 `cfg:"cfg_direct_ifindex"`
+	// unread bytes of lash_events after which its reader is woken, a power of two.
+	EventsWake uint32 `cfg:"cfg_events_wake"`
 	// bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM.
 	HaveSetRetval bool `cfg:"cfg_have_set_retval"`
 	// ifindex of lash_host.
@@ -386,6 +584,8 @@ var Maps = []string{
 	"lash_devices",
 	"lash_drops",
 	"lash_endpoints",
+	"lash_events",
+	"lash_events_lost",
 	"lash_frags",
 	"lash_ifaces",
 	"lash_ipcache",

@@ -50,6 +50,8 @@ var rules = []rule{
 	{"internal/service", stage, []string{statedb}},
 	{"internal/k8s", []string{"api", "internal/model", "internal/state", "internal/reconcile"}, []string{statedb, k8sio}},
 	{"internal/datapath", []string{"bpf", "internal/datapath", "internal/model", "internal/state", "internal/reconcile"}, []string{ebpf, netlink, xsys, statedb}},
+	{"internal/monitor", []string{"bpf", "internal/model"}, []string{"github.com/gopacket/"}},
+	{"internal/events", []string{"internal/monitor"}, []string{xsys}},
 	{"internal/flow", []string{"bpf", "api", "internal/model", "internal/state"}, []string{ebpf, statedb}},
 	{"internal/cni", []string{"api", "internal/model"}, []string{xsys}},
 	// The datapath only through interfaces that these define.

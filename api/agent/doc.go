@@ -9,6 +9,10 @@
 //	GET /v1/health            ClusterHealth with every node
 //	GET /v1/endpoints         []model.Endpoint
 //	GET /v1/endpoints/ID      model.Endpoint
+//	GET /v1/endpoints/ID/log  []EndpointChange
+//	GET /v1/config            []Option
+//	PATCH /v1/config          map[string]string in, []Option out
+//	GET /v1/monitor           a stream of events: frames of package monitor
 //	GET /v1/ip                []IP
 //	GET /v1/nodes             []model.Node
 //	GET /v1/services          []Service

@@ -42,6 +42,7 @@ type Status struct {
 	CNIConfigFile        string               `json:"cniConfigFile"`
 	Lash                 Component            `json:"lash"` // Ok  1.0.0 (v1.0.0-abcdef0)
 	NodeMonitor          Component            `json:"nodeMonitor"`
+	Monitor              NodeMonitor          `json:"monitor"`
 	HealthDaemon         Component            `json:"healthDaemon"` // "Lash health daemon:"
 	IPAM                 IPAM                 `json:"ipam"`
 	IPv4BigTCP           Component            `json:"ipv4BigTCP"`
@@ -140,6 +141,19 @@ type Controller struct {
 
 // Healthy reports whether the last pass of the loop had no error.
 func (c Controller) Healthy() bool { return c.Count == 0 }
+
+// NodeMonitor is the ring of events: "Listening for events on 2 CPUs with 64x4096 of shared memory".
+type NodeMonitor struct {
+	CPUs      int      `json:"cpus"`     // 0: the datapath is not loaded yet
+	Pages     int      `json:"pages"`    // of the ring, for each CPU
+	PageSize  int      `json:"pageSize"` // bytes
+	Listeners int      `json:"listeners"`
+	Seen      uint64   `json:"seen"`          // events read
+	Lost      uint64   `json:"lost"`          // events the ring had no room for
+	Missed    uint64   `json:"missed"`        // events listeners were too slow for
+	Unknown   uint64   `json:"unknown"`       // records that are no events
+	Off       []string `json:"off,omitempty"` // kinds of events that are switched off
+}
 
 // IdentityRange is "min 256, max 65535".
 type IdentityRange struct {

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"net/netip"
+	"time"
 
 	"github.com/lash-net/lash/internal/model"
 )
@@ -31,6 +32,12 @@ type IP struct {
 	Source   string         `json:"source"`
 }
 
+// Identity is one row of `lash identity list`.
+type Identity struct {
+	ID     model.Identity `json:"id"`
+	Labels []string       `json:"labels"` // reserved:host, k8s:app=...
+}
+
 // Service is one row of `lash service list`.
 type Service struct {
 	ID        uint32          `json:"id"`
@@ -54,4 +61,19 @@ type TableInfo struct {
 	Name     string `json:"name"`
 	Rows     int    `json:"rows"`
 	Complete bool   `json:"complete"`
+}
+
+// Option is one row of `lash config`.
+type Option struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+	Takes string `json:"takes"` // what the value may be, for a person
+}
+
+// EndpointChange is one row of `lash endpoint log`.
+type EndpointChange struct {
+	Time    time.Time `json:"time"`
+	Status  string    `json:"status"` // OK, Failure
+	State   string    `json:"state"`
+	Message string    `json:"message"`
 }

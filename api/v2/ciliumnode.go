@@ -13,6 +13,10 @@ const (
 	CiliumInternalIP = "CiliumInternalIP" // the router: the address of lash_host
 )
 
+// TunnelAnnotation names the protocol and the port by which a node takes encapsulated packets: "vxlan:8472". Without it
+// it takes none.
+const TunnelAnnotation = "lash.io/tunnel"
+
 // CiliumNode is what the other nodes know of a node: its addresses and the CIDRs of its pods. It has the node's name.
 type CiliumNode struct {
 	metav1.TypeMeta   `json:",inline"`

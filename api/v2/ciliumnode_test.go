@@ -52,10 +52,11 @@ func TestClientSpeaksToTheResource(t *testing.T) {
 		}
 	}))
 	defer srv.Close()
-	nodes, err := NewNodes(&rest.Config{Host: srv.URL})
+	clients, err := New(&rest.Config{Host: srv.URL})
 	if err != nil {
 		t.Fatal(err)
 	}
+	nodes := clients.Nodes
 	ctx := t.Context()
 	want := func(err error, r string) {
 		t.Helper()
@@ -87,7 +88,7 @@ func TestClientSpeaksToTheResource(t *testing.T) {
 	want(err, "PUT /apis/cilium.io/v2/ciliumnodes/a")
 	_, err = nodes.Patch(ctx, "a", types.MergePatchType, []byte(`{}`), "status")
 	want(err, "PATCH /apis/cilium.io/v2/ciliumnodes/a/status")
-	want(nodes.Delete(ctx, "a", "uid-1"), "DELETE /apis/cilium.io/v2/ciliumnodes/a")
+	want(nodes.Delete(ctx, "a", "uid-1", ""), "DELETE /apis/cilium.io/v2/ciliumnodes/a")
 	w, err := nodes.Watch(ctx, metav1.ListOptions{ResourceVersion: "7"})
 	want(err, "GET /apis/cilium.io/v2/ciliumnodes?resourceVersion=7&watch=true")
 	defer w.Stop()

@@ -18,24 +18,36 @@ import (
 // GroupVersion of everything in this package.
 var GroupVersion = schema.GroupVersion{Group: "cilium.io", Version: "v2"}
 
-// NodesResource is the resource name of CiliumNodes.
-const NodesResource = "ciliumnodes"
+// Resource names of the kinds.
+const (
+	NodesResource      = "ciliumnodes"
+	IdentitiesResource = "ciliumidentities"
+	EndpointsResource  = "ciliumendpoints"
+)
 
 // AddToScheme registers the types of this package.
 func AddToScheme(s *runtime.Scheme) error {
-	s.AddKnownTypes(GroupVersion, &CiliumNode{}, &CiliumNodeList{})
+	s.AddKnownTypes(GroupVersion, &CiliumNode{}, &CiliumNodeList{}, &CiliumIdentity{}, &CiliumIdentityList{}, &CiliumEndpoint{}, &CiliumEndpointList{})
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil
 }
 
-// Nodes reads and writes the CiliumNodes of a cluster.
-type Nodes struct {
-	rest   rest.Interface
-	params runtime.ParameterCodec
+// Clients read and write the objects of each kind.
+type Clients struct {
+	Nodes      *Nodes
+	Identities *Identities
+	Endpoints  *Endpoints // In chooses the namespace; without it lists and watches are of all
 }
 
-// NewNodes returns a client for the API server that config leads to. config is not changed.
-func NewNodes(config *rest.Config) (*Nodes, error) {
+// The clients of the kinds.
+type (
+	Nodes      = Resource[CiliumNode, CiliumNodeList, *CiliumNode, *CiliumNodeList]
+	Identities = Resource[CiliumIdentity, CiliumIdentityList, *CiliumIdentity, *CiliumIdentityList]
+	Endpoints  = Resource[CiliumEndpoint, CiliumEndpointList, *CiliumEndpoint, *CiliumEndpointList]
+)
+
+// New returns clients for the API server that config leads to; they share its rate limit. config is not changed.
+func New(config *rest.Config) (*Clients, error) {
 	scheme := runtime.NewScheme()
 	if err := AddToScheme(scheme); err != nil {
 		return nil, err
@@ -50,50 +62,91 @@ func NewNodes(config *rest.Config) (*Nodes, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client for %s: %w", GroupVersion, err)
 	}
-	return &Nodes{client, runtime.NewParameterCodec(scheme)}, nil
+	params := runtime.NewParameterCodec(scheme)
+	return &Clients{
+		Nodes:      &Nodes{client, params, NodesResource, ""},
+		Identities: &Identities{client, params, IdentitiesResource, ""},
+		Endpoints:  &Endpoints{client, params, EndpointsResource, ""},
+	}, nil
 }
 
-// Get returns one CiliumNode.
-func (n *Nodes) Get(ctx context.Context, name string) (*CiliumNode, error) {
-	out := &CiliumNode{}
-	return out, n.rest.Get().Resource(NodesResource).Name(name).Do(ctx).Into(out)
+// object is a pointer to Obj that the API machinery can handle.
+type object[Obj any] interface {
+	*Obj
+	runtime.Object
 }
 
-// List returns all CiliumNodes.
-func (n *Nodes) List(ctx context.Context, opts metav1.ListOptions) (*CiliumNodeList, error) {
-	out := &CiliumNodeList{}
-	return out, n.rest.Get().Resource(NodesResource).VersionedParams(&opts, n.params).Do(ctx).Into(out)
+// named is an object that has a name.
+type named[Obj any] interface {
+	object[Obj]
+	metav1.Object
 }
 
-// Watch reports changes of CiliumNodes.
-func (n *Nodes) Watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
+// Resource reads and writes the objects of one kind, of all namespaces or of one.
+type Resource[Obj, List any, P named[Obj], L object[List]] struct {
+	rest      rest.Interface
+	params    runtime.ParameterCodec
+	resource  string
+	namespace string
+}
+
+// In is the same for one namespace.
+func (r *Resource[Obj, List, P, L]) In(namespace string) *Resource[Obj, List, P, L] {
+	return &Resource[Obj, List, P, L]{r.rest, r.params, r.resource, namespace}
+}
+
+func (r *Resource[Obj, List, P, L]) request(req *rest.Request) *rest.Request {
+	return req.NamespaceIfScoped(r.namespace, r.namespace != "").Resource(r.resource)
+}
+
+// Get returns one object.
+func (r *Resource[Obj, List, P, L]) Get(ctx context.Context, name string) (*Obj, error) {
+	out := P(new(Obj))
+	return out, r.request(r.rest.Get()).Name(name).Do(ctx).Into(out)
+}
+
+// List returns all objects.
+func (r *Resource[Obj, List, P, L]) List(ctx context.Context, opts metav1.ListOptions) (*List, error) {
+	out := L(new(List))
+	return out, r.request(r.rest.Get()).VersionedParams(&opts, r.params).Do(ctx).Into(out)
+}
+
+// Watch reports changes of objects.
+func (r *Resource[Obj, List, P, L]) Watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
-	return n.rest.Get().Resource(NodesResource).VersionedParams(&opts, n.params).Watch(ctx)
+	return r.request(r.rest.Get()).VersionedParams(&opts, r.params).Watch(ctx)
 }
 
-// Create creates node.
-func (n *Nodes) Create(ctx context.Context, node *CiliumNode) (*CiliumNode, error) {
-	out := &CiliumNode{}
-	return out, n.rest.Post().Resource(NodesResource).Body(node).Do(ctx).Into(out)
+// Create creates an object.
+func (r *Resource[Obj, List, P, L]) Create(ctx context.Context, obj P) (*Obj, error) {
+	out := P(new(Obj))
+	return out, r.request(r.rest.Post()).Body(obj).Do(ctx).Into(out)
 }
 
-// Update replaces the spec of the stored node; a conflict if it changed since it was read.
-func (n *Nodes) Update(ctx context.Context, node *CiliumNode) (*CiliumNode, error) {
-	out := &CiliumNode{}
-	return out, n.rest.Put().Resource(NodesResource).Name(node.Name).Body(node).Do(ctx).Into(out)
+// Update replaces the stored object; a conflict if it changed since it was read.
+func (r *Resource[Obj, List, P, L]) Update(ctx context.Context, obj P) (*Obj, error) {
+	out := P(new(Obj))
+	return out, r.request(r.rest.Put()).Name(obj.GetName()).Body(obj).Do(ctx).Into(out)
 }
 
-// Patch changes part of the stored node; subresources is "status" or nothing.
-func (n *Nodes) Patch(ctx context.Context, name string, pt types.PatchType, data []byte, subresources ...string) (*CiliumNode, error) {
-	out := &CiliumNode{}
-	return out, n.rest.Patch(pt).Resource(NodesResource).Name(name).SubResource(subresources...).Body(data).Do(ctx).Into(out)
+// Patch changes part of the stored object; subresources is "status" or nothing.
+func (r *Resource[Obj, List, P, L]) Patch(ctx context.Context, name string, pt types.PatchType, data []byte, subresources ...string) (*Obj, error) {
+	out := P(new(Obj))
+	return out, r.request(r.rest.Patch(pt)).Name(name).SubResource(subresources...).Body(data).Do(ctx).Into(out)
 }
 
-// Delete deletes a node, with the precondition that it is still the object with uid if that is not empty.
-func (n *Nodes) Delete(ctx context.Context, name string, uid types.UID) error {
+// Delete deletes an object, with the precondition that it is still the one with uid, and unchanged since version, if
+// these are not empty.
+func (r *Resource[Obj, List, P, L]) Delete(ctx context.Context, name string, uid types.UID, version string) error {
 	opts := &metav1.DeleteOptions{}
-	if uid != "" {
-		opts.Preconditions = &metav1.Preconditions{UID: &uid}
+	if uid != "" || version != "" {
+		opts.Preconditions = &metav1.Preconditions{}
 	}
-	return n.rest.Delete().Resource(NodesResource).Name(name).Body(opts).Do(ctx).Error()
+	if uid != "" {
+		opts.Preconditions.UID = &uid
+	}
+	if version != "" {
+		opts.Preconditions.ResourceVersion = &version
+	}
+	return r.request(r.rest.Delete()).Name(name).Body(opts).Do(ctx).Error()
 }

@@ -35,3 +35,59 @@ func (l *CiliumNodeList) DeepCopyObject() runtime.Object {
 	}
 	return &out
 }
+
+// DeepCopy returns a copy that shares nothing with i.
+func (i *CiliumIdentity) DeepCopy() *CiliumIdentity {
+	if i == nil {
+		return nil
+	}
+	out := *i
+	i.ObjectMeta.DeepCopyInto(&out.ObjectMeta)
+	out.SecurityLabels = maps.Clone(i.SecurityLabels)
+	return &out
+}
+
+// DeepCopyObject implements runtime.Object.
+func (i *CiliumIdentity) DeepCopyObject() runtime.Object { return i.DeepCopy() }
+
+// DeepCopyObject implements runtime.Object.
+func (l *CiliumIdentityList) DeepCopyObject() runtime.Object {
+	out := *l
+	l.ListMeta.DeepCopyInto(&out.ListMeta)
+	out.Items = make([]CiliumIdentity, len(l.Items))
+	for i := range l.Items {
+		out.Items[i] = *l.Items[i].DeepCopy()
+	}
+	return &out
+}
+
+// DeepCopy returns a copy that shares nothing with e.
+func (e *CiliumEndpoint) DeepCopy() *CiliumEndpoint {
+	if e == nil {
+		return nil
+	}
+	out := *e
+	e.ObjectMeta.DeepCopyInto(&out.ObjectMeta)
+	if id := e.Status.Identity; id != nil {
+		out.Status.Identity = &EndpointIdentity{id.ID, slices.Clone(id.Labels)}
+	}
+	if n := e.Status.Networking; n != nil {
+		out.Status.Networking = &EndpointNetworking{slices.Clone(n.Addressing), n.Node}
+	}
+	out.Status.NamedPorts = slices.Clone(e.Status.NamedPorts)
+	return &out
+}
+
+// DeepCopyObject implements runtime.Object.
+func (e *CiliumEndpoint) DeepCopyObject() runtime.Object { return e.DeepCopy() }
+
+// DeepCopyObject implements runtime.Object.
+func (l *CiliumEndpointList) DeepCopyObject() runtime.Object {
+	out := *l
+	l.ListMeta.DeepCopyInto(&out.ListMeta)
+	out.Items = make([]CiliumEndpoint, len(l.Items))
+	for i := range l.Items {
+		out.Items[i] = *l.Items[i].DeepCopy()
+	}
+	return &out
+}

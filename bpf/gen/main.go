@@ -91,6 +91,10 @@ func (g *generator) read(path string) error {
 			if ours[t.Name] {
 				g.enums[t.Name] = t
 			}
+		case *btf.Struct:
+			if messages[t.Name] {
+				g.add(t)
+			}
 		case *btf.Var:
 			if name, ok := strings.CutPrefix(t.Name, "cfg_"); ok {
 				c := constant{typ: t.Type}
@@ -110,6 +114,13 @@ func (g *generator) read(path string) error {
 var ours = map[string]bool{
 	"endpoint_flags": true, "ipcache_flags": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
 	"conn_state": true, "identity": true, "hook": true, "slow_reason": true, "drop_reason": true, "file_id": true,
+	"event_switches": true, "aggregation": true, "report": true, "event_type": true, "trace_point": true, "trace_reason": true,
+	"trace_flags": true, "capture_point": true, "verdict_flags": true, "debug_type": true,
+}
+
+// messages lists the structures of lash_events, which no map names.
+var messages = map[string]bool{
+	"event_head": true, "trace_notify": true, "drop_notify": true, "capture_notify": true, "verdict_notify": true, "debug_notify": true,
 }
 
 func (g *generator) add(t btf.Type) {
@@ -266,7 +277,7 @@ func goType(t btf.Type) string {
 	}
 }
 
-var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN"}
+var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip": "IP", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN"}
 
 func camel(name string) string {
 	var b strings.Builder

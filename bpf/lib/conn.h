@@ -7,6 +7,8 @@
 
 #define FILE_ID FILE_CONN
 
+#define FOREVER (1u << 30)
+
 static __always_inline __u32 ticks(void)
 {
 	return (__u32)bpf_jiffies64();
@@ -145,6 +147,7 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 	fresh->flags = from_hi ? CONN_INITIATOR_HI : 0;
 	fresh->created = now;
 	fresh->expires = now + conn_lifetime(fresh, p->proto);
+	fresh->orig.due = fresh->reply.due = now + FOREVER;
 	if (bpf_map_update_elem(&lash_conn, k, fresh, BPF_ANY)) {
 		*err = DROP(p, DROP_CT_INSERT);
 		return NULL;

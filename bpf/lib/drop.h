@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Reasons and counters. Functions of the libraries return 0 or a negative drop
  * reason made by DROP(), which notes file and line; only the hook files turn it
- * into a verdict, by drop(). */
+ * into a verdict, by drop() of event.h. */
 #ifndef LASH_DROP_H
 #define LASH_DROP_H
 
@@ -48,26 +48,5 @@ static __always_inline void count(enum hook hook, enum slow_reason why, __u32 by
 		c->bytes += bytes;
 	}
 }
-
-static __noinline int count_drop(struct __sk_buff *skb, int reason, __u32 where)
-{
-	struct drop_key key = {
-		.reason = -reason, .dir = where >> 24, .file = where >> 16, .line = where,
-	};
-	struct count *c = bpf_map_lookup_elem(&lash_drops, &key);
-
-	if (c) {
-		c->packets++;
-		c->bytes += skb->len;
-	} else {
-		struct count first = { 1, skb->len };
-
-		bpf_map_update_elem(&lash_drops, &key, &first, BPF_ANY);
-	}
-	return VERDICT_DROP;
-}
-
-#define drop(skb, p, hook, reason) \
-	count_drop(skb, reason, (__u32)(hook) << 24 | (__u32)(p)->file << 16 | (p)->line)
 
 #endif

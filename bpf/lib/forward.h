@@ -3,7 +3,7 @@
 #ifndef LASH_FORWARD_H
 #define LASH_FORWARD_H
 
-#include "nat.h"
+#include "event.h"
 
 #define FILE_ID FILE_ROUTE
 
@@ -111,35 +111,53 @@ static __noinline bool sent_by(struct __sk_buff *skb, const struct conn_dir *d)
 	return d->action == ACTION_TUNNEL && !tunnel_sender(skb, &node, &vni) && addr_equal(&node, &d->node);
 }
 
-/* carry_out rewrites and sends a packet as decided. Negative: the packet could not be written. */
+/* carry_out rewrites and sends a packet as decided, and tells about it as conn_tell found:
+ * TRACE_NOT, or a packet that is in lash_scratch. Negative: the packet could not be written. */
 static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p, const enum hook hook,
-				     const struct conn *c, const struct conn_dir *d, const struct conn_key *k)
+				     const struct conn *c, const struct conn_dir *d, const struct conn_key *k,
+				     enum trace_reason tell)
 {
-	__u32 out = d->out_ifindex;
+	__u32 out = d->out_ifindex, lifetime = 0, how = hook == HOOK_POD ? OBSERVE_EGRESS : hook == HOOK_OVERLAY ? OBSERVE_TUNNEL : 0;
 	__u8 action = d->action, flags = d->flags;
 	struct mac dmac = d->dmac, smac = d->smac;
 
+	if (tell != TRACE_NOT)
+		lifetime = c->expires / cfg_hz;
 	if (unlikely(flags & (DIR_TO_NAT | DIR_NO_NAT))) {
+		if (tell != TRACE_NOT)
+			observe_snat(skb, CAPTURE_SNAT_PRE, out);
 		/* This may move the packet; what follows reads it anew. */
 		if (nat_apply(skb, p, c, k, flags))
 			return -1;
+		if (tell != TRACE_NOT)
+			observe_snat(skb, CAPTURE_SNAT_POST, out);
+		if (flags & DIR_TO_NAT)
+			how |= OBSERVE_NAT;
 	}
 	switch (action) {
 	case ACTION_PEER:
 		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
 			return -1;
+		if (tell != TRACE_NOT)
+			observe(skb, how | TRACE_TO_ENDPOINT, out, tell, lifetime);
 		return to_pod(skb, hook, out);
 	case ACTION_EGRESS:
 		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
 			return -1;
+		if (tell != TRACE_NOT)
+			observe(skb, how | TRACE_TO_NETWORK, out, tell, lifetime);
 		note(skb, out, ACTION_EGRESS);
 		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(out, 0);
 	case ACTION_TUNNEL:
+		if (tell != TRACE_NOT)
+			observe_tunnel(skb, how, &d->node, tell, lifetime);
 		return to_tunnel(skb, &d->node, d->vni);
-	case ACTION_HOST:
-		return to_host(skb, p);
 	}
+	if (tell != TRACE_NOT)
+		observe(skb, how | TRACE_TO_STACK, 0, tell, lifetime);
+	if (action == ACTION_HOST)
+		return to_host(skb, p);
 	note(skb, 0, ACTION_PASS);
 	return VERDICT_OK;
 }
@@ -163,9 +181,10 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 {
 	struct conn_key k;
 	struct conn_dir *d;
+	struct runtime *rt;
 	struct conn *c;
 	bool from_hi, orig;
-	__u32 now;
+	__u32 now, zero = 0;
 	int verdict;
 
 	if (unlikely(p->flags & (PKT_FRAGMENT | PKT_ICMP_ERROR | PKT_EXTENSION))) {
@@ -181,7 +200,8 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 	}
 	orig = conn_from_initiator(c, from_hi);
 	d = orig ? &c->orig : &c->reply;
-	if (unlikely(d->epoch != current_epoch())) {
+	rt = bpf_map_lookup_elem(&lash_runtime, &zero);
+	if (unlikely(!rt || d->epoch != rt->epoch)) {
 		*why = d->epoch ? SLOW_EPOCH : SLOW_UNDECIDED;
 		return NOT_FAST;
 	}
@@ -210,12 +230,41 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_MTU;
 		return NOT_FAST;
 	}
+	if (unlikely(conn_due(rt, d, p, now))) {
+		*why = SLOW_REPORT;
+		return NOT_FAST;
+	}
 	conn_see(c, d, p, orig, skb->len, now);
-	verdict = carry_out(skb, p, hook, c, d, &k);
+	verdict = carry_out(skb, p, hook, c, d, &k, TRACE_NOT);
 	if (unlikely(verdict == -1))
 		return DROP(p, DROP_WRITE);
 	count(hook, SLOW_NOT, skb->len);
 	return verdict;
+}
+
+/* conn_report follows the decision that conn_fast found, for a packet that is worth an
+ * event. NOT_FAST: it has gone meanwhile. */
+static __noinline int conn_report(struct __sk_buff *skb, struct pkt *p, const enum hook hook)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *d;
+	struct conn *c;
+	bool from_hi, orig;
+	int verdict;
+
+	if (!scratch)
+		return NOT_FAST;
+	from_hi = pkt_key(&scratch->key, p);
+	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	if (!c)
+		return NOT_FAST;
+	orig = conn_from_initiator(c, from_hi);
+	d = orig ? &c->orig : &c->reply;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(hook, SLOW_REPORT, skb->len);
+	verdict = carry_out(skb, p, hook, c, d, &scratch->key, conn_tell(d, p, orig));
+	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
 }
 
 #undef FILE_ID

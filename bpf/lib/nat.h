@@ -10,6 +10,7 @@
 
 enum identity {
 	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6,
+	IDENTITY_LOCAL = 1 << 24, /* from here on this node's own: CIDRs outside of the cluster */
 };
 
 /* l4_checksum: where the packet's L4 checksum is, and whether it covers the addresses. */
@@ -133,7 +134,7 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 		return false;
 	}
 	e = ipcache_of(dst);
-	return !e || (e->identity == IDENTITY_WORLD && addr_zero(&e->node)) ||
+	return !e || ((e->identity == IDENTITY_WORLD || e->identity >= IDENTITY_LOCAL) && addr_zero(&e->node)) ||
 	       (cfg_overlay_ifindex && (e->flags & IPCACHE_PEER));
 }
 

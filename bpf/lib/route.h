@@ -14,8 +14,6 @@
 #define AF_INET6 10
 #endif
 
-#define FOREVER (1u << 30)
-
 static __always_inline struct endpoint *endpoint_of(const struct addr *a)
 {
 	return bpf_map_lookup_elem(&lash_endpoints, a);

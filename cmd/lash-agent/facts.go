@@ -54,12 +54,12 @@ func (a *agent) facts() server.Facts {
 		KubeProxyReplacement: a.cfg.KubeProxyReplacement, SocketLB: a.attached.Load(),
 		CNIConfigFile:  "not written yet: the agent is not ready",
 		IPAM:           a.ipamFact(),
-		Routing:        api.Routing{Network: "Native", Host: "Legacy", Reason: a.routing.Reason},
+		Routing:        api.Routing{Network: a.networkRouting(), Host: "Legacy", Reason: a.routing.Reason},
 		IPv4Masquerade: a.cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, IPv6Masquerade: a.cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
 		ClockSource: "jiffies", HealthDaemon: a.healthFact(), ProbeInterval: a.prober.Interval(),
 	}
 	if a.routing.BPF {
-		f.Routing = api.Routing{Network: "Native", Host: "BPF"}
+		f.Routing = api.Routing{Network: a.networkRouting(), Host: "BPF"}
 	}
 	for _, r := range a.routing.Requirements {
 		f.Why = append(f.Why, api.Requirement(r))
@@ -71,9 +71,13 @@ func (a *agent) facts() server.Facts {
 		f.MasqueradeExcluded = append(f.MasqueradeExcluded, x.String())
 	}
 	if d := a.detection.Load(); d != nil {
-		f.MTU = api.MTU{Device: d.MTU, Route: d.MTU, Reason: d.MTUReason}
+		f.MTU = api.MTU{Device: d.MTU, Route: a.routeMTU(d.MTU), Reason: d.MTUReason}
+		if a.cfg.Tunnel() {
+			f.MTU.Reason += fmt.Sprintf("; the tunnel takes %d", a.cfg.TunnelOverhead())
+		}
 	}
 	if p.dp != nil {
+		f.Monitor = a.monitorFact(p.dp)
 		f.AttachMode = "Legacy TC"
 		if p.dp.Features().TCX {
 			f.AttachMode = "TCX"
@@ -83,6 +87,17 @@ func (a *agent) facts() server.Facts {
 		}
 	}
 	return f
+}
+
+// networkRouting is the word for how packets travel between nodes.
+func (a *agent) networkRouting() string {
+	switch a.cfg.RoutingMode {
+	case "tunnel":
+		return "Tunnel [" + a.cfg.TunnelProtocol + "]"
+	case "hybrid":
+		return "Hybrid [" + a.cfg.TunnelProtocol + "]"
+	}
+	return "Native"
 }
 
 func (a *agent) kubernetesFact() api.Component {

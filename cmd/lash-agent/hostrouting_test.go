@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -107,6 +108,9 @@ func TestAgentFallsBackToLegacyAndSaysWhy(t *testing.T) {
 		lines  []string
 	}{
 		{nil, "", nil},
+		{[]string{"--routing-mode=native"}, "", nil},
+		{[]string{"--routing-mode=hybrid", "--tunnel-protocol=geneve"}, "", nil},
+		{[]string{"--routing-mode=native", "--enable-host-legacy-routing=true"}, "enable-host-legacy-routing=true", []string{"BPF host routing is switched off by the user (enable-host-legacy-routing=true)."}},
 		{[]string{"--enable-host-legacy-routing=true"}, "enable-host-legacy-routing=true", []string{"BPF host routing is switched off by the user (enable-host-legacy-routing=true)."}},
 		{[]string{"--enable-bpf-masquerade=false"}, "enable-bpf-masquerade=false", []string{"BPF host routing requires enable-bpf-masquerade." + back}},
 		{[]string{"--enable-bpf-masquerade=false", "--enable-ipv4-masquerade=false", "--enable-ipv6-masquerade=false"}, "", nil},
@@ -116,7 +120,12 @@ func TestAgentFallsBackToLegacyAndSaysWhy(t *testing.T) {
 	} {
 		t.Run(strings.Join(append([]string{"agent"}, tc.flags...), " "), func(t *testing.T) {
 			log, status := startAgent(t, tc.flags...)
-			want := api.Routing{Network: "Native", Host: "BPF"}
+			want := api.Routing{Network: "Tunnel [vxlan]", Host: "BPF"}
+			if slices.Contains(tc.flags, "--routing-mode=native") {
+				want.Network = "Native"
+			} else if slices.Contains(tc.flags, "--routing-mode=hybrid") {
+				want.Network = "Hybrid [geneve]"
+			}
 			if tc.reason != "" {
 				want.Host, want.Reason = "Legacy", tc.reason
 			}
@@ -133,7 +142,7 @@ func TestAgentFallsBackToLegacyAndSaysWhy(t *testing.T) {
 				t.Errorf("%d of %d requirements are unmet, want %d: %+v", unmet, len(status.Why), len(tc.lines), status.Why)
 			}
 			text := strings.Join(log, "\n")
-			dumped := fmt.Sprintf(`level=info msg="  --enable-host-legacy-routing='%v'" subsys=daemon`, len(tc.flags) == 1 && tc.flags[0] == "--enable-host-legacy-routing=true")
+			dumped := fmt.Sprintf(`level=info msg="  --enable-host-legacy-routing='%v'" subsys=daemon`, slices.Contains(tc.flags, "--enable-host-legacy-routing=true"))
 			if !strings.Contains(text, dumped) {
 				t.Errorf("the log lacks %s:\n%s", dumped, text)
 			}

@@ -199,8 +199,17 @@ func (a *agent) prepareNode() (netdev.Base, error) {
 	for _, change := range base.Changes {
 		a.log.Info("node prepared", "change", change)
 	}
+	if a.cfg.Tunnel() { // the programs are loaded for it
+		a.tunnel.mu.Lock()
+		err := a.ensureTunnel(true)
+		a.tunnel.mu.Unlock()
+		if err != nil {
+			return base, err
+		}
+	}
+	routeMTU := a.routeMTU(found.MTU)
 	_, err = a.updateLocal(func(n model.Node) model.Node {
-		n.Routers = nil
+		n.Routers, n.RouteMTU = nil, routeMTU
 		for _, r := range []netip.Addr{r4, r6} {
 			if r.IsValid() {
 				n.Routers = append(n.Routers, r)
@@ -211,8 +220,16 @@ func (a *agent) prepareNode() (netdev.Base, error) {
 	if err != nil {
 		return base, err
 	}
-	a.network.Store(&model.PodNetwork{Router4: r4, Router6: r6, MTU: found.MTU})
+	a.network.Store(&model.PodNetwork{Router4: r4, Router6: r6, MTU: found.MTU, RouteMTU: routeMTU})
 	return base, nil
+}
+
+// routeMTU is the MTU of pods' default routes and of routes through the tunnel; that of devices is mtu.
+func (a *agent) routeMTU(mtu int) int {
+	if a.cfg.Tunnel() {
+		return mtu - a.cfg.TunnelOverhead()
+	}
+	return mtu
 }
 
 // detect chooses the node's devices and keeps their rows.
@@ -262,6 +279,7 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		Masquerade4: cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, Masquerade6: cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
 		ConnMax: uint32(cfg.BPFCTMax), ServiceMax: uint32(cfg.BPFLBMapMax), NoTCX: !cfg.EnableTCX,
 	}
+	c.OverlayIfindex, c.TunnelPort = a.overlay()
 	if d := a.detection.Load(); d != nil {
 		if direct, ok := d.DirectRouting(); ok {
 			c.DirectIfindex = direct.Ifindex

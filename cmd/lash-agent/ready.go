@@ -118,7 +118,10 @@ func (a *agent) refreshDevices(ctx context.Context, base netdev.Base, devices *r
 	}
 	if found.MTU != network.MTU {
 		changed := *network
-		changed.MTU = found.MTU
+		changed.MTU, changed.RouteMTU = found.MTU, a.routeMTU(found.MTU)
+		if _, err := a.updateLocal(func(n model.Node) model.Node { n.RouteMTU = changed.RouteMTU; return n }); err != nil {
+			return err
+		}
 		a.network.Store(&changed)
 		a.log.Info("mtu of new pods changed", "from", network.MTU, "to", found.MTU, "reason", found.MTUReason)
 		if a.phase.Load().ready {
@@ -126,6 +129,9 @@ func (a *agent) refreshDevices(ctx context.Context, base netdev.Base, devices *r
 				return err
 			}
 		}
+	}
+	if err := a.mendTunnel(); err != nil {
+		return err
 	}
 	if err := devices.Sync(ctx); err != nil {
 		return err

@@ -18,7 +18,9 @@ import (
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
+	"github.com/lash-net/lash/internal/events"
 	"github.com/lash-net/lash/internal/health"
+	"github.com/lash-net/lash/internal/identity"
 	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
@@ -53,9 +55,13 @@ type agent struct {
 	eps     *endpoint.Endpoints
 	prober  *health.Prober
 
+	monitoring *monitoring
+	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
+
 	kinds      []string                         // API kinds that are watched
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
+	tunnel     tunnelDevice
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs
@@ -87,7 +93,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.nodeCfg = nodeConfig(cfg, name)
 	a.prober = health.NewProber(health.Config{Tables: a.tables, Port: uint16(cfg.ClusterHealthPort), Log: log})
 	a.chooseHostRouting()
-	srv := server.New(server.Config{Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Log: log})
+	a.monitoring = newMonitoring(cfg)
+	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
+	g.start("endpoint-log", endpointLog.Run)
+	srv := server.New(server.Config{
+		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, EndpointLog: endpointLog, Log: log,
+	})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
 	g.start("health", func(ctx context.Context) error { return srv.ServeHealth(ctx, cfg.AgentHealthPort) })
 
@@ -105,6 +116,9 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.task(g, a.heartbeat())
 	a.task(g, a.localNode(g.cancel))
 	a.task(g, a.publishNode())
+	if err := a.startIdentities(g); err != nil {
+		return g.stop(err)
+	}
 
 	// 3. The node's own addresses and devices.
 	if a.host, err = netdev.OpenHost(); err != nil {
@@ -136,6 +150,11 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		return g.stop(a.cidrsChanged(n))
 	}
 	defer a.dp.Close()
+	ring, err := a.startEvents(g)
+	if err != nil {
+		return g.stop(err)
+	}
+	defer ring.Close()
 	a.phase.Store(&phase{waiting: "restoring endpoints", dp: a.dp})
 
 	// 5. Loops that make the kernel equal to tables.
@@ -150,8 +169,10 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Name: "datapath-endpoints", Target: a.dp.Endpoints(), Desired: node.DesiredLocalAddrs(a.tables, a.nodeCfg),
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
 	})
+	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
+	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: a.dp.IPCache(), Desired: state.Desired(a.tables.DB, a.tables.IPCache.ToTable(), state.IPCache.Split),
+		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
 		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{
@@ -159,18 +180,20 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		Equal: datapath.SameDevice, Written: raise("devices"), Report: a.tables.Report, Log: log,
 	})
 	routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
-		Name: "node-routes", Target: a.host.Routes(), Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
+		Name: "node-routes", Target: ways, Desired: state.Desired(a.tables.DB, a.tables.Routes.ToTable(), state.Route.Split),
 		Equal: reconcile.Comparable[model.Route], Compare: netdev.CompareRoutes, Written: raise("routes"), Report: a.tables.Report, Log: log,
 		Throttle: rowThrottle,
 	})
 	// Announced before the loops start: until the pods of before are restored, nothing of theirs is deleted.
 	a.eps, err = endpoint.New(endpoint.Config{
 		Tables: a.tables, Addresses: a.ipam, Devices: a.host, Inventory: a.host, Programs: a.dp, Rows: endpoints,
-		Network: a.podNetwork, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
+		Network: a.podNetwork, Identify: func(ep model.Endpoint) (model.Identity, map[string]string) { return identity.Identify(a.tables, ep) }, Socket: cfg.CNISocketPath, StateDir: cfg.StateDir, Deletions: deletionsDir(cfg), Log: log,
 	})
 	if err != nil {
 		return g.stop(err)
 	}
+	a.startPublishing(g)
+	a.task(g, a.endpointIdentities())
 	g.start("datapath-endpoints", endpoints.Run)
 	g.start("datapath-ipcache", ipcache.Run)
 	g.start("datapath-devices", devices.Run)
@@ -191,6 +214,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
+	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
 	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })
 
@@ -202,6 +226,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 		return g.stop(err)
 	}
 	a.task(g, a.markNode())
+	a.task(g, a.announceTunnel(ipcache))
 	a.startHealth(g)
 	if cfg.UnmanagedPodWatcherPeriod > 0 {
 		a.task(g, a.unmanagedPods())
@@ -211,7 +236,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 
 // nodeConfig is what the stages of package node need of the configuration.
 func nodeConfig(cfg *config.Config, name string) node.Config {
+	tunnel := ""
+	if cfg.Tunnel() {
+		tunnel = fmt.Sprintf("%s:%d", cfg.TunnelProtocol, cfg.TunnelUDPPort())
+	}
 	return node.Config{
+		Tunnel: tunnel, Hybrid: cfg.RoutingMode == "hybrid", UnderlayIPv6: cfg.UnderlayIPv6(),
 		Name: name, IPAM: cfg.IPAM, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6,
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
@@ -254,6 +284,11 @@ func (a *agent) attachNode(ctx context.Context, base netdev.Base, devices *recon
 	}
 	if err := a.dp.AttachHost(base.HostIfindex, netdev.HostDevice); err != nil {
 		return fmt.Errorf("attach programs to %s: %w", netdev.HostDevice, err)
+	}
+	if a.cfg.Tunnel() {
+		if err := a.mendTunnel(); err != nil {
+			return err
+		}
 	}
 	for _, d := range state.Rows(a.tables.DB.ReadTxn(), a.tables.Devices) {
 		if err := a.dp.AttachDevice(d.Ifindex, d.Name); err != nil {

@@ -10,11 +10,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
+	"github.com/lash-net/lash/internal/events"
 	"github.com/lash-net/lash/internal/model"
 )
 
@@ -29,6 +33,7 @@ const strangers = 250
 type mode struct {
 	tunnel bool // VXLAN between nodes
 	legacy bool // host routing by the stack
+	events bool // somebody listens, at the aggregation that is usual
 }
 
 var native = mode{}
@@ -153,7 +158,38 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m.events {
+		if err := t.listen(n.datapath); err != nil {
+			return nil, err
+		}
+	}
 	return n, n.datapath.Raise("node set up")
+}
+
+// listen reads what a node tells, as its agent does for a monitor, and throws it away.
+func (t *Topology) listen(dp *datapath.Datapath) error {
+	ring, err := dp.OpenEvents()
+	if err != nil {
+		return err
+	}
+	hub := events.New(ring, func(on bool) error {
+		if !on {
+			return dp.SetMonitoring(datapath.Monitoring{})
+		}
+		return dp.SetMonitoring(datapath.Monitoring{
+			Drops: true, Traces: true, Verdicts: true, Aggregation: bpf.AggregateMedium, Interval: 5 * time.Second, Flags: 0x07, // FIN, SYN, RST
+		})
+	}, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	ctx, stop := context.WithCancel(context.Background())
+	var parts sync.WaitGroup
+	parts.Go(func() { _ = hub.Run(ctx) })
+	parts.Go(func() { _ = hub.Listen(ctx, func([]byte) error { return nil }) })
+	t.Defer(func() {
+		stop()
+		parts.Wait()
+		ring.Close()
+	})
+	return nil
 }
 
 // addTunnel makes the tunnel device.

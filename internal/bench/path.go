@@ -17,6 +17,7 @@ const (
 	HostToHost = "host to host"
 	Overlay    = "VXLAN"
 	Legacy     = "legacy"
+	Events     = "events" // told to a listener; compared with Lash without one
 )
 
 // Path is one way for traffic to go, set up beside the others.
@@ -49,6 +50,7 @@ func Paths() []Path {
 		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
 		{Name: "lash-vxlan", Group: Overlay, Against: Bare, Gated: true, Setup: lashAcross(mode{tunnel: true})},
 		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
+		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},
 	}
 }
 
@@ -69,7 +71,9 @@ func Select(names []string) ([]Path, error) {
 			}
 			return nil, fmt.Errorf("no path %q; there are %s", name, strings.Join(known, ", "))
 		}
-		wanted[name], wanted[all[i].Against] = true, true
+		for ; i >= 0; i = slices.IndexFunc(all, func(p Path) bool { return p.Name == all[i].Against }) {
+			wanted[all[i].Name] = true
+		}
 	}
 	return slices.DeleteFunc(all, func(p Path) bool {
 		return len(names) == 0 && p.Extra || len(names) > 0 && !wanted[p.Name]

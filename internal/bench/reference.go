@@ -36,6 +36,7 @@ var gates = map[string]map[string]float64{
 	AcrossNode: {RR: 1.18, CRR: .76, Stream: .88},
 	Overlay:    {RR: 1.50, CRR: .58, Stream: .70, StreamX: .54},
 	HostToHost: {RR: 1.05, CRR: 1 / 1.05, Stream: 1 / 1.05},
+	Events:     {CRR: .95},
 }
 
 const familyGate = .03

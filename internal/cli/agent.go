@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -57,26 +58,75 @@ func (c *client) get(ctx context.Context, path string, out any) error {
 	if err != nil {
 		return err
 	}
-	resp, err := c.http.Do(req)
+	return c.do(req, out)
+}
+
+// patch sends in and decodes the answer into out.
+func (c *client) patch(ctx context.Context, path string, in, out any) error {
+	b, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPatch, "http://lash"+path, bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	return c.do(req, out)
+}
+
+// stream returns the body of GET path, which goes on until ctx ends or the agent does.
+func (c *client) stream(ctx context.Context, path string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lash"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	unlimited := *c.http
+	unlimited.Timeout = 0
+	resp, err := unlimited.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		return nil, answerError(resp, path)
+	}
+	return resp.Body, nil
+}
+
+// explain says what to do about an agent that does not answer.
+func (c *client) explain(err error) error {
 	switch {
 	case errors.Is(err, syscall.EACCES):
 		return fmt.Errorf("%s may only be used by root: try sudo", c.socket)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("the agent is not running (nothing listens on %s): see the log of its pod", c.socket)
-	case err != nil:
-		return fmt.Errorf("ask the agent: %w", err)
+	}
+	return fmt.Errorf("ask the agent: %w", err)
+}
+
+// answerError is the agent's error.
+func answerError(resp *http.Response, path string) error {
+	body, _ := io.ReadAll(resp.Body)
+	var e agent.Error
+	if json.Unmarshal(body, &e) == nil && e.Error != "" {
+		return errors.New(e.Error)
+	}
+	return fmt.Errorf("the agent answers %s to %s: is it of another version?", resp.Status, path)
+}
+
+func (c *client) do(req *http.Request, out any) error {
+	path := req.URL.Path
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return c.explain(err)
 	}
 	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return answerError(resp, path)
+	}
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return fmt.Errorf("ask the agent: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		var e agent.Error
-		if json.Unmarshal(body, &e) == nil && e.Error != "" {
-			return errors.New(e.Error)
-		}
-		return fmt.Errorf("the agent answers %s to %s: is it of another version?", resp.Status, path)
 	}
 	if err := json.Unmarshal(body, out); err != nil {
 		return fmt.Errorf("answer of the agent to %s: %w", path, err)
@@ -106,7 +156,14 @@ func (a *app) onAgent(cmd *cobra.Command, args []string, f func(context.Context,
 	if a.node == "" {
 		fmt.Fprintf(a.Err, "node %s (--node chooses another)\n", pod.Spec.NodeName)
 	}
-	return k.exec(ctx, pod, append([]string{"/usr/bin/lash"}, remoteArgs(cmd, args)...), a.Streams)
+	remote, streams := remoteArgs(cmd, args), Streams{Out: a.Out, Err: a.Err}
+	if cmd.Flags().Lookup("until-input-ends") != nil {
+		// A command that goes on until it is interrupted ends there, too, when its input does.
+		in, end := io.Pipe()
+		defer end.Close()
+		remote, streams.In = append(remote, "--until-input-ends"), in
+	}
+	return k.exec(ctx, pod, append([]string{"/usr/bin/lash"}, remote...), streams)
 }
 
 // remoteArgs returns the command line of cmd without the flags that say where to run it.
@@ -114,6 +171,12 @@ func remoteArgs(cmd *cobra.Command, args []string) []string {
 	out := strings.Fields(cmd.CommandPath())[1:]
 	cmd.Flags().Visit(func(f *pflag.Flag) {
 		if cmd.InheritedFlags().Lookup(f.Name) == nil && f.Name != "wait" && f.Name != "wait-duration" {
+			if list, ok := f.Value.(pflag.SliceValue); ok {
+				for _, v := range list.GetSlice() {
+					out = append(out, "--"+f.Name+"="+v)
+				}
+				return
+			}
 			out = append(out, "--"+f.Name+"="+f.Value.String())
 		}
 	})
@@ -190,10 +253,10 @@ func ready(p *corev1.Pod) bool {
 	})
 }
 
-// exec runs a command in an agent's container.
+// exec runs a command in an agent's container, with input if s has one.
 func (k *cluster) exec(ctx context.Context, pod *corev1.Pod, command []string, s Streams) error {
 	req := k.clientset.CoreV1().RESTClient().Post().Resource("pods").Namespace(pod.Namespace).Name(pod.Name).SubResource("exec").
-		VersionedParams(&corev1.PodExecOptions{Container: agentContainer, Command: command, Stdout: true, Stderr: true}, scheme.ParameterCodec)
+		VersionedParams(&corev1.PodExecOptions{Container: agentContainer, Command: command, Stdin: s.In != nil, Stdout: true, Stderr: true}, scheme.ParameterCodec)
 	spdy, err := remotecommand.NewSPDYExecutor(k.rest, "POST", req.URL())
 	if err != nil {
 		return err
@@ -208,7 +271,7 @@ func (k *cluster) exec(ctx context.Context, pod *corev1.Pod, command []string, s
 	if err != nil {
 		return err
 	}
-	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: s.Out, Stderr: s.Err})
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: s.In, Stdout: s.Out, Stderr: s.Err})
 	var exit utilexec.CodeExitError
 	if errors.As(err, &exit) {
 		return errSilent // the command has said why, on its own error output

@@ -75,6 +75,10 @@ func TestPrintedForms(t *testing.T) {
 			printIPs(b, []agent.IP{{Prefix: netip.MustParsePrefix("10.244.1.70/32"), Identity: 1, Source: "node"},
 				{Prefix: netip.MustParsePrefix("172.18.0.1/32"), Labels: []string{"reserved:kube-apiserver", "reserved:world"}}})
 		},
+		"identities": func(b *bytes.Buffer) {
+			printIdentities(b, []agent.Identity{{ID: 1, Labels: []string{"reserved:host"}}, {ID: 7, Labels: []string{"reserved:kube-apiserver", "reserved:remote-node"}},
+				{ID: 28568, Labels: []string{"k8s:app=server", "k8s:io.kubernetes.pod.namespace=default"}}, {ID: 16777217, Labels: []string{"reserved:kube-apiserver", "reserved:world"}}})
+		},
 		"nodes": func(b *bytes.Buffer) {
 			printNodes(b, []model.Node{
 				{Name: "lab/nodeb", Addrs: []netip.Addr{addr("172.18.0.12")}, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.2.0/24")}, Source: "custom-resource"},
@@ -183,7 +187,7 @@ func TestCommandsAskTheSocket(t *testing.T) {
 		"endpoint get 8": "no such thing", "endpoint get x": "must be a number from 1 to 65535", "endpoint get 0": "must be a number", "endpoint get": "accepts 1 arg(s)",
 		"db show a/b": "must be one of those 'lash db list' shows", "db show none": "no such thing", "status -o yaml": "must be json", "status --why --brief": "none of the others can be",
 		"bpf foo": "it has ct, device, endpoint", "sttus": "Did you mean this?\n\tstatus", "status --wyh": "unknown flag: --wyh; 'lash status --help'", "status extra": "unknown command",
-		"upgrade --version 9.9": "brings version 0.1.0", "install --set tunnel=vxlan": "not supported by this version", "install --set a=1": "unknown value", "install -f /none.yaml": "/none.yaml",
+		"upgrade --version 9.9": "brings version 0.1.0", "install --set tunnel=gre": "must be disabled, vxlan or geneve", "install --set a=1": "unknown value", "install -f /none.yaml": "/none.yaml",
 		"status --kubeconfig /none": "--kubeconfig: stat /none",
 	} {
 		code, _, errOut := run(t, append(strings.Fields(args), "--socket", socket)...)
@@ -221,6 +225,7 @@ func TestRemoteArgumentsDropWhatSaysWhere(t *testing.T) {
 		"status --wait --wait-duration 3s -o json":                              "status --output=json",
 		"endpoint get 7 --node n1":                                              "endpoint get 7",
 		"bpf ct list -o json --node n1":                                         "bpf ct list --output=json",
+		"monitor -vv --type drop,trace --related-to 7 --related-to 8 --node n1": "monitor --related-to=7 --related-to=8 --type=drop --type=trace --verbose=2",
 	} {
 		cmd, rest, err := root.Find(strings.Fields(line))
 		if err != nil {

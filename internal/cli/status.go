@@ -148,7 +148,14 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 	line("CNI Chaining", s.CNIChaining)
 	line("CNI Config file", s.CNIConfigFile)
 	component("Lash", s.Lash)
-	short("NodeMonitor", s.NodeMonitor)
+	if m := s.NodeMonitor; m.State == agent.StateOk {
+		line("NodeMonitor", m.Message)
+		if n := s.Monitor; verbose || n.Lost+n.Missed+n.Unknown > 0 {
+			row(w, "", fmt.Sprintf("%d listeners, %d events seen, %d events lost, %d missed by slow listeners, %d unknown notifications", n.Listeners, n.Seen, n.Lost, n.Missed, n.Unknown))
+		}
+	} else {
+		short("NodeMonitor", m)
+	}
 	short("Lash health daemon", s.HealthDaemon)
 	line("IPAM", ipam(s.IPAM))
 	if verbose {

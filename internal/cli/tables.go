@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -76,8 +77,38 @@ func (a *app) endpointCommand() *cobra.Command {
 			})
 		},
 	}
+	log := &cobra.Command{
+		Use: "log ID", Short: "Show the recent changes of one endpoint", Args: cobra.ExactArgs(1),
+		Example: "  lash endpoint log 1066",
+	}
+	a.outputFlag(log)
+	log.RunE = func(cmd *cobra.Command, args []string) error {
+		if n, err := strconv.ParseUint(args[0], 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("endpoint %q: must be a number from 1 to 65535, the first column of 'lash endpoint list'", args[0])
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var changes []agent.EndpointChange
+			if err := c.get(ctx, "/v1/endpoints/"+args[0]+"/log", &changes); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(changes); done || err != nil {
+				return err
+			}
+			printEndpointLog(a.Out, changes)
+			return nil
+		})
+	}
 	return group("endpoint", "Pods of this node, as the datapath knows them", []string{"endpoints", "ep"},
-		listing(a, "list", "List the endpoints", "/v1/endpoints", printEndpoints), get)
+		listing(a, "list", "List the endpoints", "/v1/endpoints", printEndpoints), get, log)
+}
+
+func printEndpointLog(out io.Writer, changes []agent.EndpointChange) {
+	w := columns(out)
+	row(w, "Timestamp", "Status", "State", "Message")
+	for _, c := range changes {
+		row(w, c.Time.UTC().Format(time.RFC3339), c.Status, c.State, c.Message)
+	}
+	w.Flush()
 }
 
 func printEndpoints(out io.Writer, eps []model.Endpoint) {
@@ -112,6 +143,48 @@ func labelLines(e model.Endpoint) []string {
 		return []string{e.Identity.String()}
 	}
 	return lines
+}
+
+func (a *app) identityCommand() *cobra.Command {
+	get := &cobra.Command{
+		Use: "get ID", Short: "Show the labels behind one identity", Args: cobra.ExactArgs(1),
+		Example: "  lash identity get 28568",
+	}
+	a.outputFlag(get)
+	get.RunE = func(cmd *cobra.Command, args []string) error {
+		if _, err := strconv.ParseUint(args[0], 10, 32); err != nil {
+			return fmt.Errorf("identity %q: must be a number, the first column of 'lash identity list'", args[0])
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var id agent.Identity
+			if err := c.get(ctx, "/v1/identities/"+args[0], &id); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(id); done || err != nil {
+				return err
+			}
+			printIdentities(a.Out, []agent.Identity{id})
+			return nil
+		})
+	}
+	return group("identity", "Identities of the cluster: numbers and the labels behind them", []string{"identities", "id"},
+		listing(a, "list", "List the identities", "/v1/identities", printIdentities), get)
+}
+
+func printIdentities(out io.Writer, ids []agent.Identity) {
+	w := columns(out)
+	row(w, "ID", "LABELS")
+	for _, id := range ids {
+		labels := id.Labels
+		if len(labels) == 0 {
+			labels = []string{""}
+		}
+		row(w, strconv.FormatUint(uint64(id.ID), 10), labels[0])
+		for _, l := range labels[1:] {
+			row(w, "", l)
+		}
+	}
+	w.Flush()
 }
 
 func (a *app) ipCommand() *cobra.Command {
@@ -200,6 +273,7 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"device", "Devices of pods and of the node"},
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
+		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
 		{"lb", "Services and their backends"},
 		{"nat", "Translated connections"},
 		{"socket", "Sockets that asked for a service, and the backend they got"},

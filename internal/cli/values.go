@@ -23,8 +23,8 @@ var absentValues = map[string]string{
 	"gatewayAPI": "enabled=false", "ingressController": "enabled=false", "clustermesh": "", "dnsProxy": "", "prometheus": "enabled=false",
 	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false", "ipMasqAgent": "enabled=false",
 	"endpointRoutes": "enabled=false", "enableIPv4BIGTCP": "false",
-	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never", "tunnelProtocol": "vxlan", "tunnelPort": "0",
-	"underlayProtocol": "", "loadBalancer": "", "maglev": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
+	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
+	"loadBalancer": "", "maglev": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
 	"bpf.tproxy": "false", "bpf.lbExternalClusterIP": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",
 	"operator.prometheus": "enabled=false", "enableK8sNetworkPolicy": "false",
 }
@@ -61,8 +61,16 @@ func translateValues(values map[string]any, known valuePaths) (said []string, er
 		switch {
 		case path == "tunnel" && text == "disabled":
 			value = "native"
-		case path == "tunnel", now == "routingMode" && text != "native":
-			errs = append(errs, fmt.Errorf("%s=%s: not supported by this version, which routes natively: set routingMode=native and, if all nodes share a link, autoDirectNodeRoutes=true", path, text))
+		case path == "tunnel" && (text == "vxlan" || text == "geneve"):
+			value = "tunnel"
+			if other, ok := lookupValue(values, "tunnelProtocol"); ok && fmt.Sprint(other) != text {
+				errs = append(errs, fmt.Errorf("tunnel=%s: is the old spelling of routingMode and tunnelProtocol, which is set too, to another value: remove one of the two", text))
+				continue
+			}
+			setValue(values, "tunnelProtocol", text)
+			said = append(said, fmt.Sprintf("tunnel=%s is an old spelling: it became tunnelProtocol=%[1]s", text))
+		case path == "tunnel":
+			errs = append(errs, fmt.Errorf("tunnel=%s: must be disabled, vxlan or geneve; its present names are routingMode and tunnelProtocol", text))
 			continue
 		case path == "bpf.hostRouting" && (text == "true" || text == "false"):
 			value = text == "false" // on meant not legacy

@@ -55,6 +55,9 @@ func TestOldSpellingsOfValuesAreTranslated(t *testing.T) {
 		silent          bool
 	}{
 		{set: "tunnel=disabled", path: "routingMode", want: "native"},
+		{set: "tunnel=geneve", path: "tunnelProtocol", want: "geneve"},
+		{set: "routingMode=hybrid", path: "routingMode", want: "hybrid", silent: true},
+		{set: "tunnelPort=4789", path: "tunnelPort", want: "4789", silent: true},
 		{set: "kubeProxyReplacement=strict", path: "kubeProxyReplacement", want: "true"},
 		{set: "kubeProxyReplacement=disabled", path: "kubeProxyReplacement", want: "false"},
 		{set: "nativeRoutingCIDR=10.0.0.0/8", path: "ipv4NativeRoutingCIDR", want: "10.0.0.0/8"},
@@ -83,7 +86,7 @@ func TestOldSpellingsOfValuesAreTranslated(t *testing.T) {
 
 func TestValuesThatLeaveAFeatureOffAreDropped(t *testing.T) {
 	c, known := testChart(t)
-	values := parseSet(t, "hubble.enabled=false", "hubble.relay.enabled=false", "envoy.enabled=false", "l7Proxy=false", "socketLB.enabled=true", "tunnelProtocol=vxlan", "encryption.enabled=false", "cni.chainingMode=none")
+	values := parseSet(t, "hubble.enabled=false", "hubble.relay.enabled=false", "envoy.enabled=false", "l7Proxy=false", "socketLB.enabled=true", "encryption.enabled=false", "cni.chainingMode=none")
 	if said, err := translateValues(values, known); err != nil || len(said) > 0 || len(values) > 0 {
 		t.Errorf("left %v, said %q, %v", values, said, err)
 	}
@@ -125,8 +128,14 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"clusterPoolIPv4PodCIDRList=10.0.0.0/8", []string{"did you mean ipam.operator.clusterPoolIPv4PodCIDRList?"}},
 		{"ipv4NativeRoutingCidr=10.0.0.0/8", []string{"did you mean ipv4NativeRoutingCIDR?"}},
 		{"zzz.qqq.vvv=1", []string{"zzz.qqq.vvv=1: unknown value", "--show-values"}},
-		{"tunnel=vxlan", []string{"tunnel=vxlan: not supported by this version", "routingMode=native"}},
-		{"routingMode=tunnel", []string{"routingMode=tunnel: not supported", "autoDirectNodeRoutes=true"}},
+		{"tunnel=gre", []string{"tunnel=gre: must be disabled, vxlan or geneve", "routingMode and tunnelProtocol"}},
+		{"tunel=vxlan", []string{"did you mean tunnel?"}},
+		{"routingMode=overlay", []string{"routingMode", "'tunnel', 'native', 'hybrid'"}},
+		{"tunnelProtocol=gre", []string{"tunnelProtocol", "'vxlan', 'geneve'"}},
+		{"tunnelPort=65536", []string{"tunnelPort", "65,535"}},
+		{"tunnelPort=30000", []string{"tunnel-port", "node-port-range"}},
+		{"underlayProtocol=ipv6", []string{"underlay-protocol", "set enable-ipv6 to true"}},
+		{"underlayProtocol=v6", []string{"underlayProtocol", "'ipv6'"}},
 		{"hubble.enabled=true", []string{"hubble.enabled=true: not supported by this version: leave it out"}},
 		{"encryption.type=wireguard", []string{"encryption.type=wireguard: not supported"}},
 		{"hostFirewall.enabled=true", []string{"hostFirewall.enabled=true: not supported"}},
@@ -144,7 +153,7 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"ipv4NativeRoutingCIDR=10.0.0.0/99", []string{"ipv4-native-routing-cidr", "must be a CIDR"}},
 		{"ipv4NativeRoutingCIDR=fd00::/8", []string{"must be an IPv4 CIDR"}},
 		{"MTU=70000", []string{"MTU", "65,535"}},
-		{"MTU=100", []string{"mtu", "from 576"}},
+		{"MTU=100", []string{"mtu", "from 626", "the tunnel takes 50"}},
 		{"bpf.masquerade=yes", []string{"bpf.masquerade", "want boolean"}},
 		{"bpf.hostLegacyRouting=1", []string{"bpf.hostLegacyRouting", "want boolean"}},
 		{"bpf.monitorAggregation=all", []string{"bpf.monitorAggregation", "'none', 'low', 'medium', 'maximum'"}},
@@ -189,21 +198,36 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 	}
 }
 
-func TestPlainHelmRefusesATunnelWithARemedy(t *testing.T) {
+func TestPlainHelmTakesTheOldSpellingOfTheTunnel(t *testing.T) {
 	c, _ := testChart(t)
-	if _, err := checkValues(c, parseSet(t, "tunnel=disabled", "kubeProxyReplacement=strict"), "kube-system"); err != nil {
-		t.Error(err)
-	}
-	if _, err := checkValues(c, parseSet(t, "tunnel=vxlan"), "kube-system"); err == nil || !strings.HasPrefix(err.Error(), "routingMode=tunnel is not supported by this version") {
-		t.Errorf("got %v", err)
+	for set, want := range map[string][]string{
+		"":                {`routing-mode: "tunnel"`, `tunnel-protocol: "vxlan"`},
+		"tunnel=disabled": {`routing-mode: "native"`, `tunnel-protocol: "vxlan"`},
+		"tunnel=geneve":   {`routing-mode: "tunnel"`, `tunnel-protocol: "geneve"`},
+	} {
+		sets := []string{"kubeProxyReplacement=strict"}
+		if set != "" {
+			sets = append(sets, set)
+		}
+		if _, err := checkValues(c, parseSet(t, sets...), "kube-system"); err != nil {
+			t.Errorf("%s: %v", set, err)
+		}
+		for _, line := range want {
+			if got := renderAll(t, sets...)["configmap.yaml"]; !strings.Contains(got, line) {
+				t.Errorf("%s: %q is not in\n%s", set, line, got)
+			}
+		}
 	}
 }
 
 func TestConfigurationChangesRollTheAgents(t *testing.T) {
-	a, b := renderAll(t), renderAll(t, "bpf.monitorAggregation=none")
-	for _, file := range []string{"agent.yaml", "operator.yaml"} {
-		if sumOf(t, a[file]) == sumOf(t, b[file]) {
-			t.Errorf("%s: the checksum is the same for another configuration", file)
+	a := renderAll(t)
+	for _, set := range []string{"bpf.monitorAggregation=none", "routingMode=native", "tunnel=disabled"} {
+		b := renderAll(t, set)
+		for _, file := range []string{"agent.yaml", "operator.yaml"} {
+			if sumOf(t, a[file]) == sumOf(t, b[file]) {
+				t.Errorf("%s, %s: the checksum is the same for another configuration", set, file)
+			}
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/lash-net/lash/internal/model"
 )
 
 var (
@@ -41,13 +43,19 @@ func (c *Config) check() []error {
 	c.checkFamily("ipv4-native-routing-cidr", c.IPv4NativeRoutingCIDR, false, c.EnableIPv4, bad)
 	c.checkFamily("ipv6-native-routing-cidr", c.IPv6NativeRoutingCIDR, true, c.EnableIPv6, bad)
 
+	c.checkTunnel(bad)
 	if c.MTU != 0 {
 		low := 576
 		if c.EnableIPv6 {
 			low = 1280
 		}
+		why := ""
+		if c.Tunnel() {
+			low += c.TunnelOverhead()
+			why = fmt.Sprintf(", of which the tunnel takes %d", c.TunnelOverhead())
+		}
 		if c.MTU < low || c.MTU > 65535 {
-			bad("mtu", "must be 0 (detect) or from %d to 65535", low)
+			bad("mtu", "must be 0 (detect) or from %d to 65535%s", low, why)
 		}
 	}
 	for _, d := range c.Devices {
@@ -110,8 +118,25 @@ func (c *Config) check() []error {
 			bad("debug-verbose", "must be datapath or empty")
 		}
 	}
+	if _, err := TCPFlags(c.MonitorFlags); err != nil {
+		bad("monitor-aggregation-flags", "%v", err)
+	}
+	if d := c.MonitorInterval; d < 100*time.Millisecond || d > time.Hour {
+		bad("monitor-aggregation-interval", "must be from 100ms to 1h")
+	}
 	if d := c.NodesGCInterval; d != 0 && d < time.Second {
 		bad("nodes-gc-interval", "must be 0s (never) or at least 1s")
+	}
+	for key, d := range map[string]time.Duration{"identity-heartbeat-timeout": c.IdentityHeartbeatTimeout, "cilium-endpoint-gc-interval": c.CiliumEndpointGCInterval} {
+		if d != 0 && d < time.Second {
+			bad(key, "must be 0s (never) or at least 1s")
+		}
+	}
+	if c.IdentityGCInterval < time.Second {
+		bad("identity-gc-interval", "must be at least 1s, the time agents have to object")
+	}
+	if _, err := model.ParseLabelFilter(c.Labels); err != nil {
+		bad("labels", "%v", err)
 	}
 	if d := c.UnmanagedPodWatcherPeriod; d != 0 && d < time.Second {
 		bad("unmanaged-pod-watcher-interval", "must be 0s (never) or at least 1s")
@@ -130,6 +155,22 @@ func (c *Config) checkFamily(key string, p netip.Prefix, ipv6, enabled bool, bad
 		bad(key, "must be an %s CIDR", family(ipv6))
 	case !enabled:
 		c.notes = append(c.notes, fmt.Sprintf("%s=%q (%s) has no effect: %s is off", key, p, c.sources[key], family(ipv6)))
+	}
+}
+
+func (c *Config) checkTunnel(bad func(string, string, ...any)) {
+	if c.TunnelPort < 0 || c.TunnelPort > 65535 {
+		bad("tunnel-port", "must be 0 (8472 for vxlan, 6081 for geneve) or from 1 to 65535")
+		return
+	}
+	if p := c.TunnelUDPPort(); c.Tunnel() && p >= c.NodePortRange.First && p <= c.NodePortRange.Last {
+		bad("tunnel-port", "lies in node-port-range %d-%d: choose a port outside of it", c.NodePortRange.First, c.NodePortRange.Last)
+	}
+	if ipv6 := c.UnderlayIPv6(); ipv6 && !c.EnableIPv6 || !ipv6 && !c.EnableIPv4 {
+		bad("underlay-protocol", "%s is off: set enable-%s to true, or underlay-protocol to auto", family(ipv6), strings.ToLower(family(ipv6)))
+	}
+	if c.RoutingMode == "hybrid" && !c.AutoDirectNodeRoutes {
+		bad("routing-mode", "hybrid routes to nodes on the same link, and auto-direct-node-routes is false: set it to true, or routing-mode to tunnel")
 	}
 }
 

@@ -10,7 +10,6 @@ import (
 
 // renamed maps old names of keys to their present ones; the value is taken over unless values below translates it.
 var renamed = map[string]string{
-	"tunnel":                      "routing-mode",
 	"native-routing-cidr":         "ipv4-native-routing-cidr",
 	"masquerade":                  "enable-ipv4-masquerade",
 	"device":                      "devices",
@@ -23,17 +22,24 @@ var renamed = map[string]string{
 
 // values maps old values, by present key, to present ones.
 var values = map[string]map[string]string{
-	"routing-mode":           {"disabled": "native", "vxlan": "tunnel", "geneve": "tunnel"},
 	"kube-proxy-replacement": {"strict": "true", "probe": "true", "partial": "true", "disabled": "false"},
 	"ipam":                   {"cluster-pool-v2beta": "cluster-pool", "hostscope-legacy": "kubernetes"},
-	"monitor-aggregation":    {"lowest": "low", "max": "maximum"},
+	"monitor-aggregation":    {"disabled": "none", "lowest": "low", "max": "maximum"},
 }
+
+// tunnel maps the values of the old key tunnel, which named mode and protocol at once.
+var tunnel = map[string][]setting{
+	"disabled": {{key: "routing-mode", value: "native"}},
+	"vxlan":    {{key: "routing-mode", value: "tunnel"}, {key: "tunnel-protocol", value: "vxlan"}},
+	"geneve":   {{key: "routing-mode", value: "tunnel"}, {key: "tunnel-protocol", value: "geneve"}},
+}
+
+// emptyIsDefault lists keys that the field's charts write without a value.
+var emptyIsDefault = []string{"tunnel-protocol", "tunnel-port", "underlay-protocol"}
 
 // absent lists keys of features this version does not have, with the values that leave the feature off. They are
 // accepted then, so that an existing ConfigMap can be used; any other value is refused.
 var absent = map[string][]string{
-	"tunnel-protocol":                {"", "vxlan"},
-	"tunnel-port":                    {"", "0", "8472"},
 	"enable-endpoint-routes":         {"false"},
 	"enable-ip-masq-agent":           {"false"},
 	"egress-masquerade-interfaces":   {""},
@@ -80,8 +86,6 @@ var meaningless = map[string]string{
 	"bpf-map-dynamic-size-ratio":          "maps have the sizes that are configured: see bpf-ct-max and bpf-lb-map-max",
 	"bpf-policy-map-max":                  "network policy is not part of this version",
 	"preallocate-bpf-maps":                "maps are allocated as their kind requires",
-	"monitor-aggregation-interval":        "events follow decisions, not a timer: see monitor-aggregation",
-	"monitor-aggregation-flags":           "events follow decisions, not TCP flags: see monitor-aggregation",
 	"enable-node-port":                    "it is part of kube-proxy-replacement",
 	"enable-host-reachable-services":      "it is part of kube-proxy-replacement",
 	"enable-host-port":                    "it is part of kube-proxy-replacement",
@@ -91,41 +95,53 @@ var meaningless = map[string]string{
 	"sidecar-istio-proxy-image":           "there is no proxy",
 	"enable-auto-protect-node-port-range": "masquerading always keeps out of node-port-range",
 	"node-port-bind-protection":           "masquerading always keeps out of node-port-range",
+	"identity-gc-rate-interval":           "the operator deletes as fast as the API server lets it",
+	"identity-gc-rate-limit":              "the operator deletes as fast as the API server lets it",
 	"set-cilium-node-taints":              "the node keeps the taint it was created with until the agent is ready",
 	"remove-cilium-node-taints":           "the agent always removes the taint when it is ready",
 	"write-cni-conf-when-ready":           "the CNI configuration is always written when the agent is ready: see cni-conf-dir",
-	"labels":                              "security-relevant labels are not selectable in this version",
 }
 
-// translate turns an old spelling into the present one. It returns an empty key for a setting that has no effect.
-func translate(s setting) (out setting, note string, err error) {
+// translate turns an old spelling into the present ones. It returns none for a setting that has no effect.
+func translate(s setting) (out []setting, notes []string, err error) {
+	text := strings.ToLower(strings.TrimSpace(s.value))
 	if why, ok := meaningless[s.key]; ok {
-		return setting{}, fmt.Sprintf("%s=%q (%s) has no effect: %s", s.key, s.value, s.source, why), nil
+		return nil, []string{fmt.Sprintf("%s=%q (%s) has no effect: %s", s.key, s.value, s.source, why)}, nil
 	}
 	if off, ok := absent[s.key]; ok {
 		if slices.Contains(off, strings.TrimSpace(s.value)) {
-			return setting{}, "", nil
+			return nil, nil, nil
 		}
-		return setting{}, "", &Error{s.key, s.value, s.source, fmt.Sprintf("not supported by this version: remove it or set it to %s", quoted(off))}
+		return nil, nil, &Error{s.key, s.value, s.source, fmt.Sprintf("not supported by this version: remove it or set it to %s", quoted(off))}
 	}
-	out = s
-	if now, ok := renamed[s.key]; ok {
-		if now == "" {
-			return setting{}, fmt.Sprintf("%s=%q (%s) has no effect", s.key, s.value, s.source), nil
+	if text == "" && slices.Contains(emptyIsDefault, s.key) {
+		return nil, nil, nil
+	}
+	now := s
+	if key, ok := renamed[s.key]; ok {
+		if key == "" {
+			return nil, []string{fmt.Sprintf("%s=%q (%s) has no effect", s.key, s.value, s.source)}, nil
 		}
-		out.key = now
+		now.key = key
 	}
-	if v, ok := values[out.key][strings.ToLower(strings.TrimSpace(s.value))]; ok {
-		out.value = v
+	if v, ok := values[now.key][text]; ok {
+		now.value = v
 	}
-	if out.key == "routing-mode" && out.value == "tunnel" {
-		return setting{}, "", &Error{s.key, s.value, s.source,
-			"not supported by this version, which routes natively: set routing-mode to native and, if all nodes share a link, auto-direct-node-routes to true"}
+	out = []setting{now}
+	if s.key == "tunnel" {
+		if out = slices.Clone(tunnel[text]); out == nil {
+			return nil, nil, &Error{s.key, s.value, s.source, "must be disabled, vxlan or geneve; its present names are routing-mode and tunnel-protocol"}
+		}
+		for i := range out {
+			out[i].source = s.source
+		}
 	}
-	if out.key != s.key || out.value != s.value {
-		note = fmt.Sprintf("%s=%q (%s) is an old spelling: it became %s=%q", s.key, s.value, s.source, out.key, out.value)
+	for _, o := range out {
+		if o.key != s.key || o.value != s.value {
+			notes = append(notes, fmt.Sprintf("%s=%q (%s) is an old spelling: it became %s=%q", s.key, s.value, s.source, o.key, o.value))
+		}
 	}
-	return out, note, nil
+	return out, notes, nil
 }
 
 func quoted(values []string) string {

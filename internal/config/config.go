@@ -15,13 +15,16 @@ type Config struct {
 	// Address families and routing.
 	EnableIPv4                bool           `key:"enable-ipv4" default:"true" section:"Routing" doc:"Give pods IPv4 addresses and forward IPv4."`
 	EnableIPv6                bool           `key:"enable-ipv6" default:"false" section:"Routing" doc:"Give pods IPv6 addresses and forward IPv6. The nodes need IPv6 addresses; 'lash install' turns it on when they have them."`
-	RoutingMode               string         `key:"routing-mode" default:"native" one-of:"native" section:"Routing" doc:"How packets reach pods on other nodes. native: the network or routes on the nodes carry pod addresses."`
-	AutoDirectNodeRoutes      bool           `key:"auto-direct-node-routes" default:"true" section:"Routing" doc:"Install one route a node to the pod CIDRs of every node on the same link."`
+	RoutingMode               string         `key:"routing-mode" default:"tunnel" one-of:"native,tunnel,hybrid" section:"Routing" doc:"How packets reach pods on other nodes. tunnel: encapsulated; the network needs to know the nodes only. native: the network or routes on the nodes carry pod addresses. hybrid: native to nodes on the same link, tunnel to the others. While nodes differ, each encapsulates to those only that announce the tunnel."`
+	TunnelProtocol            string         `key:"tunnel-protocol" default:"vxlan" one-of:"vxlan,geneve" section:"Routing" doc:"Encapsulation between nodes."`
+	TunnelPort                int            `key:"tunnel-port" default:"0" section:"Routing" doc:"UDP port of the tunnel. 0: 8472 for vxlan, 6081 for geneve."`
+	UnderlayProtocol          string         `key:"underlay-protocol" default:"auto" one-of:"auto,ipv4,ipv6" section:"Routing" doc:"Family of the nodes' addresses between which the tunnel runs; either carries both families of pods. auto: IPv4 if enable-ipv4, else IPv6."`
+	AutoDirectNodeRoutes      bool           `key:"auto-direct-node-routes" default:"true" section:"Routing" doc:"Install one route a node to the pod CIDRs of every node on the same link that packets are not encapsulated to."`
 	DirectRoutingSkipUnreach  bool           `key:"direct-routing-skip-unreachable" default:"false" section:"Routing" doc:"Say nothing about nodes that are not on the same link; otherwise each is an error in 'lash status'."`
-	IPv4NativeRoutingCIDR     netip.Prefix   `key:"ipv4-native-routing-cidr" default:"" section:"Routing" doc:"IPv4 destinations the network routes without translation; packets to them are never masqueraded. Empty: the IPv4 pod CIDRs of the cluster."`
+	IPv4NativeRoutingCIDR     netip.Prefix   `key:"ipv4-native-routing-cidr" default:"" section:"Routing" doc:"IPv4 destinations the network routes without translation; packets to them are never masqueraded, and neither are those to pods of other nodes that are encapsulated. Empty: the IPv4 pod CIDRs of the cluster."`
 	IPv6NativeRoutingCIDR     netip.Prefix   `key:"ipv6-native-routing-cidr" default:"" section:"Routing" doc:"The same for IPv6."`
 	EnableHostLegacyRouting   bool           `key:"enable-host-legacy-routing" default:"false" section:"Routing" doc:"Send packets through the host's IP stack and netfilter even where BPF host routing is possible."`
-	MTU                       int            `key:"mtu" default:"0" section:"Routing" doc:"MTU of pod interfaces and routes in bytes. 0: the smallest MTU of the detected devices."`
+	MTU                       int            `key:"mtu" default:"0" section:"Routing" doc:"MTU of pod interfaces in bytes; routes over the tunnel have that much less that the encapsulation takes: 50 over IPv4, 70 over IPv6. 0: the smallest MTU of the detected devices."`
 	Devices                   []string       `key:"devices" default:"" section:"Routing" doc:"Network devices that carry traffic of the cluster and to the outside, separated by commas; a trailing + matches a prefix. Empty: detected from the routing table."`
 	DirectRoutingDevice       string         `key:"direct-routing-device" default:"" section:"Routing" doc:"The device on which nodes reach each other. Empty: the one that has the node's InternalIP."`
 	EnableIPv4Masquerade      bool           `key:"enable-ipv4-masquerade" default:"true" section:"Masquerading" doc:"Give IPv4 packets that leave the cluster the address of the node."`
@@ -38,6 +41,10 @@ type Config struct {
 	NodesGCInterval           time.Duration  `key:"nodes-gc-interval" default:"30s" section:"IPAM" doc:"How long a CiliumNode may outlive its Node before the operator deletes it and frees its pod CIDRs. 0s: never."`
 	ClusterName               string         `key:"cluster-name" default:"default" section:"Cluster" doc:"Name of the cluster, the label io.cilium.k8s.policy.cluster of every pod."`
 	ClusterID                 int            `key:"cluster-id" default:"0" section:"Cluster" doc:"Number of the cluster among connected ones, 0 to 255; 0 if it stands alone."`
+	Labels                    string         `key:"labels" default:"" section:"Cluster" doc:"Patterns of the labels that make an identity, added to the default ones and separated by spaces: an optional source (k8s:, any:), ! to exclude, and a regular expression for the beginning of the key. With one that includes, only what matches is kept. Example: k8s:app k8s:!job-name."`
+	IdentityHeartbeatTimeout  time.Duration  `key:"identity-heartbeat-timeout" default:"30m0s" section:"Cluster" doc:"How long a CiliumIdentity must be without a CiliumEndpoint before the operator marks it. 0s: never."`
+	IdentityGCInterval        time.Duration  `key:"identity-gc-interval" default:"15m0s" section:"Cluster" doc:"How long a marked CiliumIdentity stays before the operator deletes it; an agent that needs it takes the mark away."`
+	CiliumEndpointGCInterval  time.Duration  `key:"cilium-endpoint-gc-interval" default:"5m0s" section:"Cluster" doc:"How often the operator looks for CiliumEndpoints whose pod is gone and deletes them. 0s: never."`
 	K8sKubeConfigPath         string         `key:"k8s-kubeconfig-path" default:"" section:"Cluster" doc:"Kubeconfig for the API server. Empty: the service account of the pod, with KUBERNETES_SERVICE_HOST and _PORT."`
 	AgentNotReadyTaintKey     string         `key:"agent-not-ready-taint-key" default:"node.cilium.io/agent-not-ready" section:"Cluster" doc:"Taint that keeps pods off a node until the agent is ready; the agent removes it."`
 	UnmanagedPodWatcherPeriod time.Duration  `key:"unmanaged-pod-watcher-interval" default:"15s" section:"Cluster" doc:"How often to look for pods of the node that Lash does not manage. 0s: never."`
@@ -47,7 +54,12 @@ type Config struct {
 	DatapathMode              string         `key:"datapath-mode" default:"veth" one-of:"veth" section:"Datapath" doc:"Kind of the device that connects a pod to its node."`
 	EnableTCX                 bool           `key:"enable-tcx" default:"true" section:"Datapath" doc:"Attach programs by tcx links where the kernel has them (6.6); otherwise, and when false, by clsact filters."`
 	BPFCTMax                  int            `key:"bpf-ct-max" default:"524288" section:"Datapath" doc:"Connections the node can track, from 1024 to 16777216."`
-	MonitorAggregation        string         `key:"monitor-aggregation" default:"medium" one-of:"none,low,medium,maximum" section:"Datapath" doc:"Which packets of an established connection cause events. none: all of them."`
+	MonitorAggregation        string         `key:"monitor-aggregation" default:"medium" one-of:"none,low,medium,maximum" section:"Datapath" doc:"Which packets of a connection cause events. none: all, where they come from and where they go; low: all, where they go; medium: of each direction the first, those with new TCP flags, and one each interval; maximum: the same without interval. 'lash config' changes it while the agent runs."`
+	MonitorInterval           time.Duration  `key:"monitor-aggregation-interval" default:"5s" section:"Datapath" doc:"Time between two events of one direction of a connection at monitor-aggregation medium."`
+	MonitorFlags              []string       `key:"monitor-aggregation-flags" default:"syn,fin,rst" section:"Datapath" doc:"TCP flags that cause an event when a direction has them for the first time: fin, syn, rst, psh, ack, urg, ece, cwr, or all."`
+	BPFEventsDrop             bool           `key:"bpf-events-drop-enabled" default:"true" section:"Datapath" doc:"Tell listeners about drops. They are counted in either case."`
+	BPFEventsVerdict          bool           `key:"bpf-events-policy-verdict-enabled" default:"true" section:"Datapath" doc:"Tell listeners what policy decided about new connections."`
+	BPFEventsTrace            bool           `key:"bpf-events-trace-enabled" default:"true" section:"Datapath" doc:"Tell listeners about packets that are forwarded."`
 	BPFRoot                   string         `key:"bpf-root" default:"/sys/fs/bpf" section:"Datapath" doc:"Mount point of the BPF file system; maps and links are pinned in its directory lash."`
 	CgroupRoot                string         `key:"cgroup-root" default:"" section:"Datapath" doc:"Control group (version 2) for the socket programs. Empty: the root of the mounted hierarchy as the agent sees it."`
 	EnableHealthChecking      bool           `key:"enable-health-checking" default:"true" section:"Health" doc:"Answer other nodes' probes, and probe every node: address and health endpoint, ICMP and HTTP."`
@@ -116,6 +128,39 @@ func (c *Config) Get(key string) (string, bool) {
 		return "", false
 	}
 	return o.get(c), true
+}
+
+// Encapsulation overheads in bytes: outer IP, UDP and VXLAN or Geneve headers, and the inner Ethernet header.
+const (
+	overheadIPv4 = 20 + 8 + 8 + 14
+	overheadIPv6 = 40 + 8 + 8 + 14
+)
+
+// Tunnel reports whether this node encapsulates packets to other nodes' pods, if to all of them or not.
+func (c *Config) Tunnel() bool { return c.RoutingMode != "native" }
+
+// TunnelUDPPort is the UDP port of the tunnel.
+func (c *Config) TunnelUDPPort() uint16 {
+	switch {
+	case c.TunnelPort != 0:
+		return uint16(c.TunnelPort)
+	case c.TunnelProtocol == "geneve":
+		return 6081
+	}
+	return 8472
+}
+
+// UnderlayIPv6 reports whether the tunnel runs between the nodes' IPv6 addresses.
+func (c *Config) UnderlayIPv6() bool {
+	return c.UnderlayProtocol == "ipv6" || c.UnderlayProtocol == "auto" && !c.EnableIPv4
+}
+
+// TunnelOverhead is how many bytes of the MTU of the nodes' network the tunnel takes.
+func (c *Config) TunnelOverhead() int {
+	if c.UnderlayIPv6() {
+		return overheadIPv6
+	}
+	return overheadIPv4
 }
 
 // MasqueradeExclusion returns the destinations that are not masqueraded: the native routing CIDR of the family if

@@ -102,6 +102,9 @@ func TestOldSpellingsAreTranslatedAndReported(t *testing.T) {
 		key, value, nowKey, now string
 	}{
 		{"tunnel", "disabled", "routing-mode", "native"},
+		{"tunnel", "vxlan", "routing-mode", "tunnel"},
+		{"tunnel", "geneve", "routing-mode", "tunnel"},
+		{"tunnel", "geneve", "tunnel-protocol", "geneve"},
 		{"kube-proxy-replacement", "strict", "kube-proxy-replacement", "true"},
 		{"kube-proxy-replacement", "Probe", "kube-proxy-replacement", "true"},
 		{"kube-proxy-replacement", "disabled", "kube-proxy-replacement", "false"},
@@ -119,6 +122,33 @@ func TestOldSpellingsAreTranslatedAndReported(t *testing.T) {
 		}
 		if notes := strings.Join(c.Notes(), "\n"); !strings.Contains(notes, tt.key) || !strings.Contains(notes, tt.nowKey+`="`+tt.now+`"`) {
 			t.Errorf("%s=%s: notes %q do not say what became of it", tt.key, tt.value, notes)
+		}
+	}
+}
+
+// The mode of who configures nothing, and what follows from the keys of the tunnel.
+func TestTunnelOfTheConfiguration(t *testing.T) {
+	for _, tt := range []struct {
+		data     map[string]string
+		tunnel   bool
+		port     uint16
+		v6       bool
+		overhead int
+	}{
+		{nil, true, 8472, false, 50},
+		{map[string]string{"tunnel-protocol": "geneve", "routing-mode": "hybrid"}, true, 6081, false, 50},
+		{map[string]string{"tunnel-protocol": "", "tunnel-port": "", "underlay-protocol": ""}, true, 8472, false, 50},
+		{map[string]string{"tunnel-port": "4789", "enable-ipv6": "true", "underlay-protocol": "ipv6"}, true, 4789, true, 70},
+		{map[string]string{"enable-ipv4": "false", "enable-ipv6": "true"}, true, 8472, true, 70},
+		{map[string]string{"tunnel": "disabled"}, false, 8472, false, 50},
+	} {
+		c, err := FromMap("lash-config", tt.data)
+		if err != nil {
+			t.Errorf("%v: %v", tt.data, err)
+			continue
+		}
+		if c.Tunnel() != tt.tunnel || c.TunnelUDPPort() != tt.port || c.UnderlayIPv6() != tt.v6 || c.TunnelOverhead() != tt.overhead {
+			t.Errorf("%v: tunnel %v, port %d, IPv6 underlay %v, overhead %d", tt.data, c.Tunnel(), c.TunnelUDPPort(), c.UnderlayIPv6(), c.TunnelOverhead())
 		}
 	}
 }
@@ -157,9 +187,16 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"enable-bpf-masquerad": "true"}, []string{"did you mean enable-bpf-masquerade?"}},
 		{kv{"aggregation": "none"}, []string{"did you mean monitor-aggregation?"}},
 		{kv{"frobnicate": "x"}, []string{"frobnicate", "unknown key", "remove it"}},
-		{kv{"routing-mode": "tunnel"}, []string{`routing-mode="tunnel"`, "not supported by this version", "native"}},
-		{kv{"routing-mode": "nativ"}, []string{`routing-mode="nativ"`, "must be native"}},
-		{kv{"tunnel": "vxlan"}, []string{`tunnel="vxlan"`, "not supported by this version", "set routing-mode to native"}},
+		{kv{"routing-mode": "nativ"}, []string{`routing-mode="nativ"`, "must be native, tunnel or hybrid"}},
+		{kv{"tunnel": "gre"}, []string{`tunnel="gre"`, "must be disabled, vxlan or geneve", "routing-mode and tunnel-protocol"}},
+		{kv{"tunel": "vxlan"}, []string{"did you mean tunnel?"}},
+		{kv{"tunnel-protocol": "gre"}, []string{`tunnel-protocol="gre"`, "must be vxlan or geneve"}},
+		{kv{"tunnel-port": "70000"}, []string{`tunnel-port="70000"`, "from 1 to 65535"}},
+		{kv{"tunnel-port": "30000"}, []string{`tunnel-port="30000"`, "node-port-range", "outside of it"}},
+		{kv{"underlay-protocol": "ipv6"}, []string{`underlay-protocol="ipv6"`, "set enable-ipv6 to true, or underlay-protocol to auto"}},
+		{kv{"underlay-protocol": "ipv4", "enable-ipv4": "false", "enable-ipv6": "true"}, []string{"IPv4 is off: set enable-ipv4 to true"}},
+		{kv{"routing-mode": "hybrid", "auto-direct-node-routes": "false"}, []string{`routing-mode="hybrid"`, "auto-direct-node-routes is false: set it to true, or routing-mode to tunnel"}},
+		{kv{"tunnel": "geneve", "tunnel-protocol": "vxlan"}, []string{"tunnel", "old spelling of tunnel-protocol", "remove one"}},
 		{kv{"enable-wireguard": "true"}, []string{"enable-wireguard", "not supported by this version", `"false"`}},
 		{kv{"enable-hubble": "true"}, []string{"enable-hubble", "not supported"}},
 		{kv{"bpf-lb-mode": "dsr"}, []string{"bpf-lb-mode", `set it to "snat"`}},
@@ -167,8 +204,9 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"enable-ipv4": "false", "enable-ipv6": "false"}, []string{"enable-ipv4", "set enable-ipv4 or enable-ipv6 to true"}},
 		{kv{"kube-proxy-replacement": "sometimes"}, []string{`kube-proxy-replacement="sometimes"`, "must be true or false"}},
 		{kv{"mtu": "large"}, []string{`mtu="large"`, "whole number"}},
-		{kv{"mtu": "100"}, []string{`mtu="100"`, "from 576 to 65535"}},
-		{kv{"mtu": "600", "enable-ipv6": "true"}, []string{`mtu="600"`, "from 1280"}},
+		{kv{"mtu": "100", "routing-mode": "native"}, []string{`mtu="100"`, "from 576 to 65535"}},
+		{kv{"mtu": "600", "enable-ipv6": "true", "routing-mode": "native"}, []string{`mtu="600"`, "from 1280"}},
+		{kv{"mtu": "1320", "enable-ipv6": "true"}, []string{`mtu="1320"`, "from 1330 to 65535, of which the tunnel takes 50"}},
 		{kv{"mtu": "-1"}, []string{`mtu="-1"`, "0 (detect)"}},
 		{kv{"ipam": "eni"}, []string{`ipam="eni"`, "cluster-pool or kubernetes"}},
 		{kv{"cluster-pool-ipv4-cidr": "10.0.0.0"}, []string{"cluster-pool-ipv4-cidr", "write 10.0.0.0/32"}},
@@ -214,7 +252,7 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"socket-path": "/" + strings.Repeat("x", 120)}, []string{"socket-path", "107 bytes"}},
 		{kv{"cgroup-root": "unified"}, []string{"cgroup-root", "absolute path"}},
 		{kv{"debug-verbose": "everything"}, []string{"debug-verbose", "datapath"}},
-		{kv{"tunnel": "disabled", "routing-mode": "tunnel"}, []string{"routing-mode", "not supported"}},
+		{kv{"tunnel": "disabled", "routing-mode": "tunnel"}, []string{"tunnel", "old spelling of routing-mode", "remove one"}},
 		{kv{"masquerade": "false", "enable-ipv4-masquerade": "true"}, []string{"masquerade", "old spelling of enable-ipv4-masquerade", "remove one"}},
 	} {
 		_, err := FromMap("lash-config", tt.data)

@@ -136,35 +136,31 @@ func build(settings []setting) (*Config, error) {
 	c := Default()
 	var errs []error
 	given := map[string]setting{} // the setting that decided a key, for conflicts between an old and a new spelling
-	for _, s := range settings {
-		orig := s
-		s, note, err := translate(s)
-		if note != "" {
-			c.notes = append(c.notes, note)
-		}
+	for _, orig := range settings {
+		present, notes, err := translate(orig)
+		c.notes = append(c.notes, notes...)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		if s.key == "" {
-			continue
+		for _, s := range present {
+			o, ok := lookup(s.key)
+			if !ok {
+				errs = append(errs, &Error{orig.key, orig.value, orig.source, unknownKey(orig.key)})
+				continue
+			}
+			if prev, ok := given[s.key]; ok && prev.source.Kind == s.source.Kind && prev.key != orig.key && prev.value != s.value {
+				errs = append(errs, &Error{orig.key, orig.value, orig.source, fmt.Sprintf(
+					"is the old spelling of %s, which is also set, to another value: remove one of the two", s.key)})
+				continue
+			}
+			given[s.key] = setting{orig.key, s.value, s.source}
+			if err := o.set(c, s.value); err != nil {
+				errs = append(errs, &Error{orig.key, orig.value, orig.source, err.Error()})
+				continue
+			}
+			c.sources[s.key] = s.source
 		}
-		o, ok := lookup(s.key)
-		if !ok {
-			errs = append(errs, &Error{orig.key, orig.value, orig.source, unknownKey(orig.key)})
-			continue
-		}
-		if prev, ok := given[s.key]; ok && prev.source.Kind == s.source.Kind && prev.key != orig.key && prev.value != s.value {
-			errs = append(errs, &Error{orig.key, orig.value, orig.source, fmt.Sprintf(
-				"is the old spelling of %s, which is also set, to another value: remove one of the two", s.key)})
-			continue
-		}
-		given[s.key] = setting{orig.key, s.value, s.source}
-		if err := o.set(c, s.value); err != nil {
-			errs = append(errs, &Error{orig.key, orig.value, orig.source, err.Error()})
-			continue
-		}
-		c.sources[s.key] = s.source
 	}
 	if len(errs) == 0 {
 		errs = c.check()
@@ -182,6 +178,7 @@ func unknownKey(key string) string {
 	}
 	known = append(known, slices.Sorted(maps.Keys(renamed))...)
 	known = append(known, slices.Sorted(maps.Keys(absent))...)
+	known = append(known, "tunnel")
 	if near := Nearest(key, known); near != "" {
 		return fmt.Sprintf("unknown key: did you mean %s?", near)
 	}

@@ -44,10 +44,15 @@ An unknown key is refused, with the name it resembles.
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		for _, old := range slices.Sorted(maps.Keys(values[key])) {
-			if now := values[key][old]; now != "tunnel" {
-				fmt.Fprintf(&b, "| `%s: %s` | `%s: %s` |\n", key, old, key, now)
-			}
+			fmt.Fprintf(&b, "| `%s: %s` | `%s: %s` |\n", key, old, key, values[key][old])
 		}
+	}
+	for _, old := range slices.Sorted(maps.Keys(tunnel)) {
+		var now []string
+		for _, s := range tunnel[old] {
+			now = append(now, fmt.Sprintf("`%s: %s`", s.key, s.value))
+		}
+		fmt.Fprintf(&b, "| `tunnel: %s` | %s |\n", old, strings.Join(now, ", "))
 	}
 
 	b.WriteString("\n## Keys of features this version does not have\n\nAccepted with a value that leaves the feature off, refused with any other.\n\n| key | accepted |\n|---|---|\n")

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -61,7 +62,7 @@ type Datapath struct {
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
 
-	mu       sync.Mutex // serialises changes of the epoch and of what follows
+	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
 }
@@ -154,6 +155,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
 		HaveSetRetval:  d.features.SetRetval,
+		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 	}
 	for i, b := range d.cfg.HostMAC {
 		c.HostMAC |= uint64(b) << (8 * i)
@@ -243,6 +245,8 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
 	case "lash_backends":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
+	case "lash_events":
+		spec.MaxEntries = eventsSize(runtime.NumCPU())
 	}
 	if d.cfg.Root == "" {
 		return newMap(name, spec)
@@ -297,24 +301,37 @@ func (d *Datapath) begin() error {
 	if err := it.Err(); err != nil {
 		return fmt.Errorf("read lash_ifaces: %w", err)
 	}
+	if err := d.SetMonitoring(Monitoring{}); err != nil { // an earlier agent's listeners are gone
+		return err
+	}
 	return d.Raise("agent started")
 }
 
 // Raise makes every connection's decisions be made again on its next packet: call it
 // after any change to endpoints, ipcache, devices, routes or neighbours.
 func (d *Datapath) Raise(why string) error {
+	var epoch uint32
+	err := d.changeRuntime(func(rt *bpf.Runtime) {
+		if rt.Epoch++; rt.Epoch == 0 { // 0 means "nothing decided"
+			rt.Epoch = 1
+		}
+		epoch = rt.Epoch
+	})
+	if err != nil {
+		return fmt.Errorf("raise epoch: %w", err)
+	}
+	d.log.Debug("epoch raised", "epoch", epoch, "why", why)
+	return nil
+}
+
+// changeRuntime changes the row that running programs read.
+func (d *Datapath) changeRuntime(change func(*bpf.Runtime)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var rt bpf.Runtime
 	if err := d.maps["lash_runtime"].Lookup(uint32(0), &rt); err != nil {
-		return fmt.Errorf("raise epoch: %w", err)
+		return err
 	}
-	if rt.Epoch++; rt.Epoch == 0 { // 0 means "nothing decided"
-		rt.Epoch = 1
-	}
-	if err := d.maps["lash_runtime"].Put(uint32(0), &rt); err != nil {
-		return fmt.Errorf("raise epoch: %w", err)
-	}
-	d.log.Debug("epoch raised", "epoch", rt.Epoch, "why", why)
-	return nil
+	change(&rt)
+	return d.maps["lash_runtime"].Put(uint32(0), &rt)
 }

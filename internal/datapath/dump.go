@@ -15,7 +15,7 @@ import (
 )
 
 // Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache",
-// "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
+// "tunnel", "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -62,6 +62,13 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 			}
 			add(k.Prefix(), fmt.Sprintf("identity=%d encryptkey=0 tunnelendpoint=%s flags=%s", v.Identity, node, flags))
 		})
+	case "tunnel":
+		columns = []string{"TUNNEL", "VALUE"}
+		err = list(d.maps["lash_ipcache"], "lash_ipcache", func(k bpf.IPCacheKey, v bpf.IPCacheEntry) {
+			if p := k.Prefix(); v.Flags&bpf.IPCacheTunnel != 0 && !p.IsSingleIP() { // single addresses are pods known better
+				add(netip.AddrPortFrom(p.Addr(), 0), netip.AddrPortFrom(v.Node.Addr(), 0))
+			}
+		})
 	case "lb":
 		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
 		slots := map[bpf.BackendKey]bpf.Backend{}
@@ -103,7 +110,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket, tunnel", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err
@@ -192,29 +199,7 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
-}
-
-var dropNames = map[uint8]string{
-	bpf.DropInvalidSource: "Invalid source ip", bpf.DropPolicy: "Policy denied", bpf.DropInvalid: "Invalid packet",
-	bpf.DropCTInvalid: "CT: Truncated or invalid header", bpf.DropUnsupportedL3: "Unsupported L3 protocol", bpf.DropWrite: "Error writing to packet",
-	bpf.DropUnroutable: "Stale or unroutable IP", bpf.DropCTInsert: "CT: Map insertion failed", bpf.DropIPv6Extension: "Invalid IPv6 extension header",
-	bpf.DropNATExhausted: "No mapping for NAT masquerade", bpf.DropNATProto: "Unsupported protocol for NAT masquerade", bpf.DropFIB: "FIB lookup failed",
-	bpf.DropNoFragment: "First logical datagram fragment not found", bpf.DropICMPv6: "Forbidden ICMPv6 message", bpf.DropUnsupportedL2: "Unsupported L2 protocol",
-	bpf.DropTunnelKey: "Tunnel key error", bpf.DropInvalidIdentity: "Invalid identity", bpf.DropUnknownSender: "Unknown sender",
-	bpf.DropVLAN: "VLAN traffic disallowed by VLAN filter", bpf.DropNoEndpoint: "Endpoint program not available",
-}
-
-// DropName is the text of a drop reason, as the field's tools print it.
-func DropName(reason uint8) string {
-	if s, ok := dropNames[reason]; ok {
-		return s
-	}
-	return fmt.Sprintf("reason %d", reason)
-}
-
-var fileNames = map[uint8]string{
-	bpf.FilePod: "pod.c", bpf.FileNetdev: "netdev.c", bpf.FileHost: "host.c", bpf.FileSock: "sock.c", bpf.FileOverlay: "overlay.c", bpf.FileParse: "parse.h",
-	bpf.FileConn: "conn.h", bpf.FileNAT: "nat.h", bpf.FileFIB: "fib.h", bpf.FileNeigh: "neigh.h", bpf.FileRoute: "route.h",
+	bpf.SlowReport: "Fast path, with an event",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {
@@ -248,7 +233,7 @@ func (d *Datapath) dumpMetrics() ([]string, [][]string, error) {
 		if int(k.Dir) < len(hookNames) {
 			hook = hookNames[k.Dir]
 		}
-		rows = append(rows, []string{DropName(k.Reason), hook, fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), fmt.Sprint(k.Line), fileNames[k.File]})
+		rows = append(rows, []string{bpf.DropName(k.Reason), hook, fmt.Sprint(c.Packets), fmt.Sprint(c.Bytes), fmt.Sprint(k.Line), bpf.FileName(k.File)})
 	}
 	if err := it.Err(); err != nil {
 		return nil, nil, fmt.Errorf("read lash_drops: %w", err)

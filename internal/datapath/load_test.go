@@ -64,7 +64,7 @@ func verified(t *testing.T, object string, on []string, have Features) map[strin
 		t.Fatal(err)
 	}
 	for _, m := range spec.Maps {
-		m.MaxEntries = min(m.MaxEntries, 1024)
+		m.MaxEntries = min(m.MaxEntries, 4096) // a ring has at least a page
 	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {

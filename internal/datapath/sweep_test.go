@@ -32,7 +32,9 @@ func withMaps(t *testing.T, cfg Config) *Datapath {
 			if !isOurs(name) || d.maps[name] != nil {
 				continue
 			}
-			m.MaxEntries = min(m.MaxEntries, 1024)
+			if m.Type != ebpf.RingBuf { // whose size is in pages
+				m.MaxEntries = min(m.MaxEntries, 1024)
+			}
 			if d.maps[name], err = ebpf.NewMap(m); err != nil {
 				t.Fatal(err)
 			}

@@ -35,6 +35,8 @@ type Devices interface {
 	CreatePod(ctx context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) (model.Endpoint, error)
 	// StartPod sets addresses and routes and takes the pair up.
 	StartPod(ctx context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) error
+	// RoutePod replaces the pod's routes by those of another network of the same routers.
+	RoutePod(ctx context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) error
 	CheckPod(ctx context.Context, netns *os.File, ep model.Endpoint, network model.PodNetwork) error
 	// DeletePod removes the pair; that it is gone already is no error.
 	DeletePod(ctx context.Context, ifname string) error

@@ -332,6 +332,30 @@ func TestRestartKeepsEndpointsAndDropsTheRest(t *testing.T) {
 	}
 }
 
+// The agent starts in another routing mode: pods of before get the route MTU of it, and are intact in its eyes.
+func TestRestartInAnotherModeReroutesPods(t *testing.T) {
+	n := newNode(t)
+	pod, away := testutil.Netns(t), testutil.Netns(t)
+	added := n.add("c1", pod)
+	n.add("c2", away)
+	for _, mtu := range []int{1450, 1500, 1450} {
+		n.stop()
+		testutil.In(t, away, "ip", "link", "set", "eth0", "name", fmt.Sprintf("eth%d", mtu)) // its owner has renamed it: left alone
+		n.routeMTU = mtu
+		n.start()
+		if got := testutil.In(t, pod, "ip", "route", "show", "default"); !strings.Contains(got, fmt.Sprintf("mtu %d", mtu)) {
+			t.Errorf("route in the pod: %s, want mtu %d", got, mtu)
+		}
+		if again := n.add("c1", pod); again.IPs[0].Address != added.IPs[0].Address {
+			t.Errorf("a repeated ADD made it anew: %s", again.output)
+		}
+		if got := n.tables.Endpoints.NumObjects(n.tables.DB.ReadTxn()); got != 2 {
+			t.Errorf("%d endpoints", got)
+		}
+		testutil.In(t, away, "ip", "link", "set", fmt.Sprintf("eth%d", mtu), "name", "eth0")
+	}
+}
+
 func TestUnreadableCheckpointKeepsItsPodRunning(t *testing.T) {
 	n := newNode(t)
 	pod := testutil.Netns(t)

@@ -216,6 +216,7 @@ type node struct {
 	devs   *devices
 	faults *faults
 
+	routeMTU  int // of the network that an agent starts with
 	tables    *state.Tables
 	endpoints *endpoint.Endpoints
 	stop      func()
@@ -251,7 +252,7 @@ func (n *node) start() {
 	n.endpoints, err = endpoint.New(endpoint.Config{
 		Tables: tables, Addresses: n.addrs, Devices: n.devs, Inventory: n.devs, Programs: n.dp, Rows: n.dp,
 		Network: func() (model.PodNetwork, error) {
-			return model.PodNetwork{Router4: router4, Router6: router6, MTU: 1500}, n.faults.at("network")
+			return model.PodNetwork{Router4: router4, Router6: router6, MTU: 1500, RouteMTU: n.routeMTU}, n.faults.at("network")
 		},
 		Socket: n.path("cni.sock"), StateDir: n.path("state"), Deletions: n.path("deletions"), Log: slog.New(slog.DiscardHandler),
 	})

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/lash-net/lash/internal/cni"
 	"github.com/lash-net/lash/internal/model"
@@ -38,6 +39,9 @@ func (e *Endpoints) restore(ctx context.Context) error {
 			ep.State = model.EndpointDisconnected
 		}
 		kept = append(kept, ep)
+	}
+	for i := range kept {
+		e.reroute(ctx, &kept[i])
 	}
 	e.fill(kept)
 	for _, ep := range gone {
@@ -77,6 +81,32 @@ func (e *Endpoints) adopt(ep model.Endpoint, links map[string]int) error {
 		}
 	}
 	return nil
+}
+
+// reroute gives the pod the route MTU of the node's present network, which is another after a change between tunnel and
+// native routing. A pod that keeps its old one still works: the path tells it, packet by packet.
+func (e *Endpoints) reroute(ctx context.Context, ep *model.Endpoint) {
+	network, err := e.cfg.Network()
+	if err != nil || ep.Network.MTU != network.MTU || ep.Network.RouteMTU == network.RouteMTU || ep.State != model.EndpointReady {
+		return
+	}
+	changed := ep.Network
+	changed.RouteMTU = network.RouteMTU
+	netns, err := os.Open(ep.NetnsPath)
+	if err == nil {
+		err = e.cfg.Devices.RoutePod(ctx, netns, *ep, changed)
+		netns.Close()
+	}
+	if err == nil {
+		next := *ep
+		next.Network = changed
+		err = e.checkpoints.write(next)
+	}
+	if err != nil {
+		e.cfg.Log.Warn("pod keeps the route MTU it had", "endpoint", ep.ID, "pod", ep.PodName(), "mtu", ep.Network.RouteMTU, "error", err)
+		return
+	}
+	ep.Network = changed
 }
 
 // forget removes what an endpoint that was not adopted has left. Its number and addresses are not its own any more.

@@ -30,7 +30,7 @@ type Client struct {
 	Host      string // the API server's URL
 	core      rest.Interface
 	discovery rest.Interface
-	nodes     *v2.Nodes
+	cilium    *v2.Clients
 	params    runtime.ParameterCodec
 }
 
@@ -87,7 +87,10 @@ func NewClient(cfg *rest.Config) (*Client, error) {
 	if c.discovery, err = client(discoveryv1.SchemeGroupVersion, "/apis"); err != nil {
 		return nil, err
 	}
-	if c.nodes, err = v2.NewNodes(cfg); err != nil {
+	// A node whose pods all come at once writes an identity and a CiliumEndpoint for each.
+	writes := rest.CopyConfig(cfg)
+	writes.QPS, writes.Burst = 200, 400
+	if c.cilium, err = v2.New(writes); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -169,7 +172,7 @@ type PublishedNode struct {
 
 // PublishNode creates or updates the CiliumNode.
 func (c *Client) PublishNode(ctx context.Context, n PublishedNode) error {
-	have, err := c.nodes.Get(ctx, n.Name)
+	have, err := c.cilium.Nodes.Get(ctx, n.Name)
 	create := apierrors.IsNotFound(err)
 	if err != nil && !create {
 		return fmt.Errorf("get CiliumNode %s: %w", n.Name, err)
@@ -186,13 +189,29 @@ func (c *Client) PublishNode(ctx context.Context, n PublishedNode) error {
 		want.Spec.IPAM.PodCIDRs = n.PodCIDRs
 	}
 	if create {
-		if _, err := c.nodes.Create(ctx, want); err != nil {
+		if _, err := c.cilium.Nodes.Create(ctx, want); err != nil {
 			return fmt.Errorf("create CiliumNode %s: %w", n.Name, err)
 		}
 		return nil
 	}
-	if _, err := c.nodes.Update(ctx, want); err != nil {
+	if _, err := c.cilium.Nodes.Update(ctx, want); err != nil {
 		return fmt.Errorf("update CiliumNode %s: %w", n.Name, err)
+	}
+	return nil
+}
+
+// AnnounceTunnel sets v2.TunnelAnnotation of the CiliumNode, or removes it if tunnel is empty.
+func (c *Client) AnnounceTunnel(ctx context.Context, name, tunnel string) error {
+	var value any
+	if tunnel != "" {
+		value = tunnel
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{v2.TunnelAnnotation: value}}})
+	if err != nil {
+		return err
+	}
+	if _, err := c.cilium.Nodes.Patch(ctx, name, types.MergePatchType, patch); err != nil {
+		return fmt.Errorf("annotation %s of CiliumNode %s: %w", v2.TunnelAnnotation, name, err)
 	}
 	return nil
 }

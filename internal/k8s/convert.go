@@ -78,7 +78,7 @@ func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 
 func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 	var p problems
-	row := state.NodeObject{Source: model.SourceCustomResource, Name: n.Name, UID: string(n.UID), Error: n.Status.IPAM.OperatorStatus.Error}
+	row := state.NodeObject{Source: model.SourceCustomResource, Name: n.Name, UID: string(n.UID), Tunnel: n.Annotations[v2.TunnelAnnotation], Error: n.Status.IPAM.OperatorStatus.Error}
 	for i, a := range n.Spec.Addresses {
 		var dst *[]netip.Addr
 		switch a.Type {
@@ -128,6 +128,13 @@ func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 	for i, ip := range pod.Status.PodIPs {
 		if a, ok := p.addr(fmt.Sprintf("status.podIPs[%d].ip", i), ip.IP); ok {
 			row.IPs = append(row.IPs, a)
+		}
+	}
+	for _, c := range pod.Spec.Containers {
+		for _, port := range c.Ports {
+			if proto, ok := protocol(port.Protocol); ok && port.Name != "" {
+				row.Ports = append(row.Ports, state.PodPort{Name: port.Name, L4: model.L4{Proto: proto, Port: uint16(port.ContainerPort)}})
+			}
 		}
 	}
 	for _, cs := range pod.Status.ContainerStatuses {

@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/statedb"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
 	v2 "github.com/lash-net/lash/api/v2"
@@ -71,7 +72,8 @@ func (s *apiServer) serve(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	kinds := map[string]string{"/api/v1/nodes": "v1 NodeList", "/api/v1/services": "v1 ServiceList", "/api/v1/pods": "v1 PodList",
-		"/apis/discovery.k8s.io/v1/endpointslices": "discovery.k8s.io/v1 EndpointSliceList", "/apis/cilium.io/v2/ciliumnodes": "cilium.io/v2 CiliumNodeList"}
+		"/apis/discovery.k8s.io/v1/endpointslices": "discovery.k8s.io/v1 EndpointSliceList", "/apis/cilium.io/v2/ciliumnodes": "cilium.io/v2 CiliumNodeList",
+		"/api/v1/namespaces": "v1 NamespaceList", "/apis/cilium.io/v2/ciliumidentities": "cilium.io/v2 CiliumIdentityList", "/apis/cilium.io/v2/ciliumendpoints": "cilium.io/v2 CiliumEndpointList"}
 	if kind, ok := kinds[path]; ok {
 		version, kind, _ := strings.Cut(kind, " ")
 		fmt.Fprintf(w, `{"apiVersion":%q,"kind":%q,"metadata":{"resourceVersion":"%d"},"items":[%s]}`, version, kind, s.rv, s.lists[path])
@@ -196,8 +198,8 @@ func TestNothingIsCompleteBeforeTheFirstList(t *testing.T) {
 	s := newAPIServer(t)
 	s.down.Store(true)
 	tables := start(t, s)
-	until(t, "an error", func() bool { return tables.Controllers.NumObjects(tables.DB.ReadTxn()) == 5 })
-	if p := tables.Pending(); len(p) != 4 {
+	until(t, "an error", func() bool { return tables.Controllers.NumObjects(tables.DB.ReadTxn()) == 8 })
+	if p := tables.Pending(); len(p) != 7 {
 		t.Errorf("pending: %v", p)
 	}
 }
@@ -274,6 +276,26 @@ func TestConversionsNameTheField(t *testing.T) {
 			_, p := convertPod(&corev1.Pod{Status: corev1.PodStatus{PodIPs: []corev1.PodIP{{IP: "?"}}}})
 			return p
 		}, `status.podIPs[0].ip: "?" is no IP address`},
+		{"identity number", func() problems {
+			_, p := convertIdentity(&v2.CiliumIdentity{ObjectMeta: metav1.ObjectMeta{Name: "0300"}})
+			return p
+		}, `metadata.name: "0300" is no number`},
+		{"identity out of range", func() problems {
+			_, p := convertIdentity(&v2.CiliumIdentity{ObjectMeta: metav1.ObjectMeta{Name: "70000"}})
+			return p
+		}, `metadata.name: 70000 is not from 256 to 65535, the numbers of this cluster`},
+		{"endpoint address", func() problems {
+			_, p := convertEndpoint(&v2.CiliumEndpoint{Status: v2.EndpointStatus{Networking: &v2.EndpointNetworking{Node: "1.2.3.4", Addressing: []v2.AddressPair{{IPv4: "x"}}}}})
+			return p
+		}, `status.networking.addressing[0].ipv4: "x" is no IP address`},
+		{"endpoint family", func() problems {
+			_, p := convertEndpoint(&v2.CiliumEndpoint{Status: v2.EndpointStatus{Networking: &v2.EndpointNetworking{Addressing: []v2.AddressPair{{IPv6: "10.0.0.1"}}}}})
+			return p
+		}, `status.networking.addressing[0].ipv6: 10.0.0.1 is of the other family`},
+		{"endpoint node", func() problems {
+			_, p := convertEndpoint(&v2.CiliumEndpoint{Status: v2.EndpointStatus{Networking: &v2.EndpointNetworking{Node: "n1"}}})
+			return p
+		}, `status.networking.node: "n1" is no IP address`},
 	} {
 		p := tc.do()
 		if len(p) != 2 || p[0]+": "+p[1] != tc.want {
@@ -316,7 +338,13 @@ func TestMarkNodeReadyAndPublish(t *testing.T) {
 	if err := c.PublishNode(t.Context(), PublishedNode{Name: "n1"}); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := strings.Join(s.patches, ", "), "PATCH /api/v1/nodes/n1, PATCH /api/v1/nodes/n1/status, PUT /apis/cilium.io/v2/ciliumnodes/n1"; got != want {
+	for _, tunnel := range []string{"vxlan:8472", ""} {
+		if err := c.AnnounceTunnel(t.Context(), "n1", tunnel); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := strings.Join(s.patches, ", "), "PATCH /api/v1/nodes/n1, PATCH /api/v1/nodes/n1/status, PUT /apis/cilium.io/v2/ciliumnodes/n1, "+
+		"PATCH /apis/cilium.io/v2/ciliumnodes/n1, PATCH /apis/cilium.io/v2/ciliumnodes/n1"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	if err := c.DeletePod(t.Context(), "d", "gone", "u"); err != nil {

@@ -52,16 +52,19 @@ func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Re
 		newReflector(t, log, spec[v2.CiliumNode, state.NodeObject]{
 			name: "cilium/v2::CiliumNode", kind: "CiliumNode", table: t.NodeObjects, convert: convertCiliumNode, equal: state.NodeObject.Equal,
 			mine: func(r state.NodeObject) bool { return r.Source == model.SourceCustomResource },
-			lw: &cache.ListWatch{
-				ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-					ctx, cancel := context.WithTimeout(ctx, listTimeout)
-					defer cancel()
-					return c.nodes.List(ctx, o)
-				},
-				WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-					return plain(c.nodes.Watch(ctx, o))
-				},
-			},
+			lw:   ciliumListWatch(c.cilium.Nodes),
+		}),
+		newReflector(t, log, spec[v2.CiliumIdentity, state.Identity]{
+			name: "cilium/v2::CiliumIdentity", kind: "CiliumIdentity", table: t.Identities, convert: convertIdentity, equal: reconcile.Comparable[state.Identity],
+			lw: ciliumListWatch(c.cilium.Identities),
+		}),
+		newReflector(t, log, spec[v2.CiliumEndpoint, state.CiliumEndpoint]{
+			name: "cilium/v2::CiliumEndpoint", kind: "CiliumEndpoint", table: t.CiliumEndpoints, convert: convertEndpoint, equal: reconcile.Comparable[state.CiliumEndpoint],
+			lw: ciliumListWatch(c.cilium.Endpoints),
+		}),
+		newReflector(t, log, spec[corev1.Namespace, state.Namespace]{
+			name: "core/v1::Namespace", kind: "Namespace", table: t.Namespaces, convert: convertNamespace, equal: state.Namespace.Equal,
+			lw: listWatch[corev1.NamespaceList](c, c.core, "namespaces", nil, ""),
 		}),
 		newReflector(t, log, spec[corev1.Service, state.Service]{
 			name: "core/v1::Service", kind: "Service", table: t.Services, convert: convertService, equal: state.Service.Equal,
@@ -111,6 +114,28 @@ func listWatch[List any, P interface {
 			tweak(&o)
 			o.Watch = true
 			return plain(r.Get().Resource(resource).VersionedParams(&o, c.params).MaxRetries(0).Watch(ctx))
+		},
+	}
+}
+
+// ciliumListWatch lists and watches a kind of the group cilium.io.
+func ciliumListWatch[Obj, List any, P interface {
+	*Obj
+	runtime.Object
+	metav1.Object
+}, L interface {
+	*List
+	runtime.Object
+}](r *v2.Resource[Obj, List, P, L]) *cache.ListWatch {
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			ctx, cancel := context.WithTimeout(ctx, listTimeout)
+			defer cancel()
+			list, err := r.List(ctx, o)
+			return L(list), err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			return plain(r.Watch(ctx, o))
 		},
 	}
 }

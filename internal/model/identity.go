@@ -4,8 +4,8 @@ package model
 
 import "strconv"
 
-// Identity is the number of a set of security-relevant labels. Numbers up to 8 are reserved, 256 to 65535 are
-// allocated cluster-wide.
+// Identity is the number of a set of security-relevant labels. Numbers up to 10 are reserved, 256 to 65535 are
+// allocated cluster-wide; from 1<<24 on they mean something on this node only.
 type Identity uint32
 
 // The reserved identities, numbered as the cilium.io API has them.
@@ -19,9 +19,16 @@ const (
 	IdentityRemoteNode    Identity = 6
 	IdentityKubeAPIServer Identity = 7
 	IdentityIngress       Identity = 8
+	IdentityWorldIPv4     Identity = 9
+	IdentityWorldIPv6     Identity = 10
 
 	IdentityMin Identity = 256   // smallest allocated identity
 	IdentityMax Identity = 65535 // largest allocated identity
+
+	// IdentityLocal is where the numbers of CIDRs begin. All of them are outside of the cluster.
+	IdentityLocal Identity = 1 << 24
+	// IdentityOutsideKubeAPIServer is an address of the API server that is no node's.
+	IdentityOutsideKubeAPIServer = IdentityLocal + 1
 )
 
 var reservedNames = [...]string{
@@ -34,6 +41,8 @@ var reservedNames = [...]string{
 	IdentityRemoteNode:    "remote-node",
 	IdentityKubeAPIServer: "kube-apiserver",
 	IdentityIngress:       "ingress",
+	IdentityWorldIPv4:     "world-ipv4",
+	IdentityWorldIPv6:     "world-ipv6",
 }
 
 // Reserved reports whether the identity is one of the fixed ones.
@@ -45,4 +54,26 @@ func (id Identity) String() string {
 		return "reserved:" + reservedNames[id]
 	}
 	return strconv.FormatUint(uint64(id), 10)
+}
+
+// FixedLabels are the labels of an identity that nobody allocates, nil for any other.
+func (id Identity) FixedLabels() []string {
+	switch {
+	case id == IdentityKubeAPIServer:
+		return []string{"reserved:kube-apiserver", "reserved:remote-node"}
+	case id == IdentityOutsideKubeAPIServer:
+		return []string{"reserved:kube-apiserver", "reserved:world"}
+	case id.Reserved():
+		return []string{id.String()}
+	}
+	return nil
+}
+
+// FixedIdentities are all that nobody allocates, in their order.
+func FixedIdentities() []Identity {
+	var ids []Identity
+	for id := IdentityHost; id.Reserved(); id++ {
+		ids = append(ids, id)
+	}
+	return append(ids, IdentityOutsideKubeAPIServer)
 }

@@ -53,7 +53,7 @@ func TestMACText(t *testing.T) {
 }
 
 func TestIdentityNames(t *testing.T) {
-	for id, want := range map[Identity]string{1: "reserved:host", 6: "reserved:remote-node", 8: "reserved:ingress", 9: "9", 4711: "4711"} {
+	for id, want := range map[Identity]string{1: "reserved:host", 6: "reserved:remote-node", 8: "reserved:ingress", 9: "reserved:world-ipv4", 11: "11", 4711: "4711"} {
 		if got := id.String(); got != want {
 			t.Errorf("Identity(%d) is %q, want %q", uint32(id), got, want)
 		}

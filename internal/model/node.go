@@ -18,6 +18,8 @@ type Node struct {
 	PodCIDRs []netip.Prefix // IPv4 first
 	Routers  []netip.Addr   // CiliumInternalIPs, IPv4 first
 	Health   []netip.Addr   // of its health endpoint, IPv4 first; empty: it has none
+	Tunnel   string         // protocol and port by which it takes encapsulated packets, "vxlan:8472"; empty: it takes none
+	RouteMTU int            // of routes through the tunnel, bytes; known of the local node only
 	Local    bool
 	Source   string
 }

@@ -89,10 +89,9 @@ func ChooseHostRouting(in HostRoutingInput) HostRouting {
 		Requirement{Requirement: "masquerading in BPF, or none", Found: masqueradeFound, Needed: "true",
 			SetBy: in.SetBy("enable-bpf-masquerade"), Change: set("enable-bpf-masquerade", "true")})
 
-	require(in.RoutingMode == "native", "routing-mode="+in.RoutingMode,
-		"BPF host routing requires direct routing or tunneling. "+fallingBack,
-		Requirement{Requirement: "direct routing or tunnel", Found: "routing-mode=" + in.RoutingMode, Needed: "native",
-			SetBy: in.SetBy("routing-mode"), Change: set("routing-mode", "native")})
+	// Met by every mode there is.
+	require(true, "", "", Requirement{Requirement: "direct routing or tunnel", Found: "routing-mode=" + in.RoutingMode, Needed: "native, tunnel or hybrid",
+		SetBy: in.SetBy("routing-mode"), Change: set("routing-mode", "tunnel")})
 
 	h.BPF = len(reasons) == 0
 	h.Reason = strings.Join(reasons, "; ")

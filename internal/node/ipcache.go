@@ -13,16 +13,17 @@ import (
 
 // Sources of ipcache rows.
 const (
-	sourceReserved = "reserved"
-	sourceNode     = "node"
-	sourceEndpoint = "endpoint"
+	sourceReserved  = "reserved"
+	sourceNode      = "node"
+	sourceEndpoint  = "endpoint"
+	sourceAPIServer = "kube-apiserver"
 )
 
 // IPCache returns who is behind which prefix, sorted: this node's addresses are the host, other nodes' addresses
-// remote nodes, nodes' health endpoints and this node's pods their identities; other nodes' pod CIDRs are the world behind that node until a pod
-// is known better, and everything else is the world. Of two claims to one prefix this node's wins, then the first by
-// name.
-func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint) []state.IPCache {
+// remote nodes, health endpoints and this node's pods their identities; the API server's addresses are it wherever they are, but on this
+// node; other nodes' pod CIDRs are the world behind that node until a pod is known better (state.Tables.Addresses), and
+// everything else is the world. Of two claims to one prefix this node's wins, then the first by name.
+func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint, apiServers []netip.Addr) []state.IPCache {
 	rows := map[netip.Prefix]state.IPCache{}
 	add := func(p netip.Prefix, id model.Identity, node netip.Addr, source string) {
 		if !p.IsValid() || !cfg.Enabled(p.Addr()) {
@@ -58,7 +59,11 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 			continue
 		}
 		for _, a := range n.Addrs {
-			add(single(a), model.IdentityRemoteNode, netip.Addr{}, sourceNode)
+			id := model.IdentityRemoteNode
+			if slices.Contains(apiServers, a) {
+				id = model.IdentityKubeAPIServer
+			}
+			add(single(a), id, netip.Addr{}, sourceNode)
 		}
 		for _, a := range n.Routers {
 			add(single(a), model.IdentityRemoteNode, nodeAddr(n, a), sourceNode)
@@ -70,6 +75,9 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 			add(c.Masked(), model.IdentityWorld, nodeAddr(n, c.Addr()), sourceNode)
 		}
 	}
+	for _, a := range apiServers {
+		add(single(a), model.IdentityOutsideKubeAPIServer, netip.Addr{}, sourceAPIServer)
+	}
 	add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
 	add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
 
@@ -78,6 +86,20 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 		out = append(out, r)
 	}
 	slices.SortFunc(out, func(a, b state.IPCache) int { return a.Prefix.Compare(b.Prefix) })
+	return out
+}
+
+// apiServers are the addresses behind the service default/kubernetes.
+func apiServers(slices []state.EndpointSlice) []netip.Addr {
+	var out []netip.Addr
+	for _, s := range slices {
+		if s.Namespace != "default" || s.Service != "kubernetes" {
+			continue
+		}
+		for _, e := range s.Endpoints {
+			out = append(out, e.Addr)
+		}
+	}
 	return out
 }
 

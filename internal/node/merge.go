@@ -24,7 +24,10 @@ type Config struct {
 	IPv4, IPv6 bool
 
 	AutoDirectRoutes             bool
-	SkipUnreachable              bool // say nothing about peers that are not on a connected subnet
+	Tunnel                       string // protocol and port this node encapsulates by; empty: it does not
+	Hybrid                       bool   // it does not to nodes that are on a connected subnet
+	UnderlayIPv6                 bool   // the tunnel runs between IPv6 addresses
+	SkipUnreachable              bool   // say nothing about peers that are not on a connected subnet
 	NativeCIDR4                  netip.Prefix
 	NativeCIDR6                  netip.Prefix
 	HostDevice                   string // name of the device with the router addresses
@@ -81,6 +84,9 @@ func Merge(cfg Config, local []model.Node, objects []state.NodeObject, complete 
 		if name == cfg.Name || p.node == nil && complete {
 			continue
 		}
+		if p.cilium == nil && !complete {
+			continue // whether it takes encapsulated packets is not known yet: what is in the kernel stays
+		}
 		n := model.Node{Name: name, Source: model.SourceKubernetes}
 		if p.node != nil {
 			n.Addrs = cfg.addrs(p.node.Addrs)
@@ -92,6 +98,7 @@ func Merge(cfg Config, local []model.Node, objects []state.NodeObject, complete 
 			n.Source = model.SourceCustomResource
 			n.Routers = cfg.addrs(p.cilium.Routers)
 			n.Health = cfg.addrs(p.cilium.Health)
+			n.Tunnel = p.cilium.Tunnel
 			if len(n.Addrs) == 0 {
 				n.Addrs = cfg.addrs(p.cilium.Addrs)
 			}

@@ -32,6 +32,9 @@ func prefixes(s ...string) (out []netip.Prefix) {
 	return out
 }
 
+func always(netip.Prefix) bool { return true }
+func never(netip.Prefix) bool  { return false }
+
 func config() Config {
 	return Config{Name: "n1", IPAM: IPAMClusterPool, IPv4: true, IPv6: true, AutoDirectRoutes: true, HostDevice: "lash_host", MasqueradeIP4: true, MasqueradeIP6: true}
 }
@@ -48,7 +51,7 @@ func cluster() ([]model.Node, []model.Device) {
 
 func TestRoutes(t *testing.T) {
 	nodes, devices := cluster()
-	rows, warnings := Routes(config(), nodes, devices)
+	rows, warnings := Routes(config(), nodes, devices, always)
 	var got []string
 	for _, r := range rows {
 		got = append(got, fmt.Sprintf("%s via %v dev %s src %v %s", r.Dst, r.Via, r.Dev, r.Src, r.Scope))
@@ -73,7 +76,7 @@ func TestRoutesWithoutAutoDirectAreOurOwnOnly(t *testing.T) {
 	nodes, devices := cluster()
 	cfg := config()
 	cfg.AutoDirectRoutes = false
-	rows, warnings := Routes(cfg, nodes, devices)
+	rows, warnings := Routes(cfg, nodes, devices, always)
 	if len(rows) != 4 || len(warnings) != 0 {
 		t.Errorf("got %v, %v", rows, warnings)
 	}
@@ -83,7 +86,7 @@ func TestSkipUnreachableSaysNothing(t *testing.T) {
 	nodes, devices := cluster()
 	cfg := config()
 	cfg.SkipUnreachable = true
-	if _, warnings := Routes(cfg, nodes, devices); len(warnings) != 0 {
+	if _, warnings := Routes(cfg, nodes, devices, always); len(warnings) != 0 {
 		t.Errorf("got %v", warnings)
 	}
 }
@@ -93,12 +96,12 @@ func TestNativeCIDRThatMissesANodeIsNamed(t *testing.T) {
 	cfg := config()
 	cfg.SkipUnreachable = true
 	cfg.NativeCIDR4 = netip.MustParsePrefix("10.0.0.0/23") // covers 10.0.0 and 10.0.1 only
-	_, warnings := Routes(cfg, nodes, devices)
+	_, warnings := Routes(cfg, nodes, devices, always)
 	if len(warnings) != 2 || !strings.Contains(warnings[0].Text, "10.0.2.0/24 of node n2") || !strings.Contains(warnings[1].Text, "10.0.3.0/24 of node n3") {
 		t.Errorf("got %q", warnings)
 	}
 	cfg.MasqueradeIP4 = false
-	if _, warnings := Routes(cfg, nodes, devices); len(warnings) != 0 {
+	if _, warnings := Routes(cfg, nodes, devices, always); len(warnings) != 0 {
 		t.Errorf("without masquerading got %q", warnings)
 	}
 }
@@ -106,7 +109,7 @@ func TestNativeCIDRThatMissesANodeIsNamed(t *testing.T) {
 func TestOverlappingPodCIDRsAreNamedAndTheLocalNodeWins(t *testing.T) {
 	nodes, devices := cluster()
 	nodes[1].PodCIDRs = prefixes("10.0.1.0/24")
-	rows, warnings := Routes(config(), nodes[:2], devices)
+	rows, warnings := Routes(config(), nodes[:2], devices, always)
 	if len(warnings) != 1 || !strings.Contains(warnings[0].Text, "n1") || !strings.Contains(warnings[0].Text, "n2") {
 		t.Errorf("got %q", warnings)
 	}
@@ -122,7 +125,9 @@ func TestIPCache(t *testing.T) {
 		{ID: 8, IPv4: netip.MustParseAddr("10.0.1.8"), Identity: 5, State: model.EndpointDeleting, Ifindex: 10},
 	}
 	var got []string
-	for _, r := range IPCache(config(), nodes, devices, eps) {
+	// The API server's own node, another node, and a machine outside.
+	servers := []netip.Addr{netip.MustParseAddr("172.18.0.1"), netip.MustParseAddr("172.18.0.2"), netip.MustParseAddr("fd18::99")}
+	for _, r := range IPCache(config(), nodes, devices, eps, servers) {
 		got = append(got, fmt.Sprintf("%s %d %v", r.Prefix, r.Identity, r.Node))
 	}
 	want := []string{
@@ -133,7 +138,7 @@ func TestIPCache(t *testing.T) {
 		"10.0.2.1/32 6 172.18.0.2",
 		"10.0.3.0/24 2 192.168.7.3",
 		"172.18.0.1/32 1 invalid IP",
-		"172.18.0.2/32 6 invalid IP",
+		"172.18.0.2/32 7 invalid IP",
 		"192.168.7.3/32 6 invalid IP",
 		"::/0 2 invalid IP",
 		"fd00::101/128 1 invalid IP",
@@ -143,6 +148,7 @@ func TestIPCache(t *testing.T) {
 		"fd00::300/120 2 192.168.7.3",
 		"fd18::1/128 1 invalid IP",
 		"fd18::2/128 6 invalid IP",
+		"fd18::99/128 16777217 invalid IP",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %s\nwant %s", strings.Join(got, "\n"), strings.Join(want, "\n"))

@@ -4,6 +4,7 @@ package node
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/cilium/statedb"
@@ -24,9 +25,6 @@ type Stages struct {
 // NewStages prepares the stages. None of them waits for the API server: what is missing in an incomplete table is
 // missing in theirs, and loops delete nothing before the tables are complete.
 func NewStages(t *state.Tables, cfg Config) Stages {
-	routes := func(txn statedb.ReadTxn) ([]state.Route, []state.Warning) {
-		return Routes(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices))
-	}
 	s := Stages{
 		Nodes: &state.Stage[state.Node]{
 			Name:   "nodes",
@@ -40,18 +38,25 @@ func NewStages(t *state.Tables, cfg Config) Stages {
 		IPCache: &state.Stage[state.IPCache]{
 			Name:   "node-ipcache",
 			Out:    t.IPCache,
-			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints)},
+			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints), state.From(t.Slices)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.IPCache {
-				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints))
+				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints), apiServers(state.Rows(txn, t.Slices)))
 			},
 			Equal: reconcile.Comparable[state.IPCache],
 		},
 		Routes: &state.Stage[state.Route]{
 			Name:   "node-routes",
 			Out:    t.Routes,
-			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices)},
+			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.TunnelPaths)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.Route {
-				rows, _ := routes(txn)
+				nodes := state.Rows(txn, t.Nodes)
+				if read, _ := t.TunnelPaths.Initialized(txn); !read { // how packets to other nodes' pods go now is not known yet
+					nodes = slices.DeleteFunc(nodes, func(n model.Node) bool { return !n.Local })
+				}
+				rows, _ := Routes(cfg, nodes, state.Rows(txn, t.Devices), func(p netip.Prefix) bool {
+					path, _, _ := t.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
+					return path.Marked
+				})
 				return rows
 			},
 			Equal: reconcile.Comparable[state.Route],
@@ -61,7 +66,7 @@ func NewStages(t *state.Tables, cfg Config) Stages {
 			Out:    t.Warnings,
 			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.Warning {
-				_, warnings := routes(txn)
+				_, warnings := Routes(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), func(netip.Prefix) bool { return true })
 				return warnings
 			},
 			Equal: reconcile.Comparable[state.Warning],

@@ -26,7 +26,7 @@ import (
 // ciliumNodes is what the pass writes to; *v2.Nodes is one.
 type ciliumNodes interface {
 	Patch(ctx context.Context, name string, pt types.PatchType, data []byte, subresources ...string) (*v2.CiliumNode, error)
-	Delete(ctx context.Context, name string, uid types.UID) error
+	Delete(ctx context.Context, name string, uid types.UID, version string) error
 }
 
 // view is what the pass reads: snapshots of the caches, and one question the caches may answer too late.
@@ -72,7 +72,7 @@ func poolsOf(c *config.Config) []podcidr.Pool {
 	return pools
 }
 
-// run does one pass. It returns how long until the next is due though nothing changes (0: never), and what failed.
+// run implements pass.
 func (p *nodesPass) run(ctx context.Context) (again time.Duration, err error) {
 	nodes, ciliumNodes := p.view.Nodes(), p.current()
 	var errs []error
@@ -134,7 +134,7 @@ func (p *nodesPass) collect(ctx context.Context, nodes []*corev1.Node, ciliumNod
 		}
 		gone, err := p.view.NodeIsGone(ctx, cn.Name)
 		if err == nil && gone {
-			err = p.client.Delete(ctx, cn.Name, cn.UID)
+			err = p.client.Delete(ctx, cn.Name, cn.UID, "")
 		}
 		switch {
 		case err != nil && !apierrors.IsNotFound(err):

@@ -98,7 +98,7 @@ func (c *cluster) Patch(_ context.Context, name string, _ types.PatchType, data 
 	return n.DeepCopy(), nil
 }
 
-func (c *cluster) Delete(_ context.Context, name string, uid types.UID) error {
+func (c *cluster) Delete(_ context.Context, name string, uid types.UID, _ string) error {
 	if c.stored[name].UID != uid {
 		return apierrors.NewConflict(schema.GroupResource{}, name, errors.New("another uid"))
 	}

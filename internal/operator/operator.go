@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -47,7 +48,8 @@ type Operator struct {
 	rest       *rest.Config
 	namespace  string       // of the lease
 	identity   string       // of this replica in the lease
-	passBegan  atomic.Int64 // unix nanoseconds, 0 between passes
+	nodesBegan atomic.Int64 // pass over nodes: unix nanoseconds, 0 between passes
+	gcBegan    atomic.Int64 // pass over what is unused
 	isLeader   atomic.Bool
 	leaseTimes leaseTimes
 }
@@ -158,35 +160,53 @@ func (o *Operator) lead(ctx context.Context, clientset kubernetes.Interface) err
 	if err != nil {
 		return err
 	}
-	watchNodes, err := v2.NewNodes(watchConfig)
+	watchCilium, err := v2.New(watchConfig)
 	if err != nil {
 		return err
 	}
-	nodes, err := v2.NewNodes(o.rest)
+	cilium, err := v2.New(o.rest)
 	if err != nil {
 		return err
 	}
-	c := newCaches(watchClientset, watchNodes, clientset)
+	c := newCaches(watchClientset, watchCilium.Nodes, clientset)
 	if err := c.start(ctx); err != nil {
 		return err
 	}
-	return o.loop(ctx, newNodesPass(o.log, o.config, c, nodes), c.changed)
+	var gc sync.WaitGroup
+	defer gc.Wait()
+	// Collection has a rate of its own: thousands of identities go at once when a big deployment is relabelled.
+	gcConfig := rest.CopyConfig(o.rest)
+	gcConfig.QPS, gcConfig.Burst = 200, 400
+	gcCilium, err := v2.New(gcConfig)
+	if err != nil {
+		return err
+	}
+	gc.Go(func() { o.loop(ctx, newGCPass(o.log, o.config, apiObjects{gcCilium, clientset}), nil, &o.gcBegan) })
+	o.loop(ctx, newNodesPass(o.log, o.config, c, cilium.Nodes), c.changed, &o.nodesBegan)
+	return nil
 }
 
-// loop runs a pass after every change, when a pass asked for another, and with backoff after a failure.
-func (o *Operator) loop(ctx context.Context, pass *nodesPass, changed <-chan struct{}) error {
+// pass brings something to where it should be. It returns how long until the next is due though nothing changes (0:
+// never), and what failed.
+type pass interface {
+	run(ctx context.Context) (again time.Duration, err error)
+}
+
+// loop runs a pass after every change, when a pass asked for another, and with backoff after a failure, until ctx is
+// done.
+func (o *Operator) loop(ctx context.Context, p pass, changed <-chan struct{}, began *atomic.Int64) {
 	backoff := minBackoff
 	for {
-		o.passBegan.Store(time.Now().UnixNano())
-		again, err := pass.run(ctx)
-		o.passBegan.Store(0)
+		began.Store(time.Now().UnixNano())
+		again, err := p.run(ctx)
+		began.Store(0)
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		if err != nil {
 			o.log.Warn("pass incomplete", "error", err)
 			if !sleep(ctx, &backoff) {
-				return nil
+				return
 			}
 			continue
 		}
@@ -197,7 +217,7 @@ func (o *Operator) loop(ctx context.Context, pass *nodesPass, changed <-chan str
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-changed:
 		case <-timer:
 		}
@@ -241,9 +261,11 @@ func (o *Operator) serveHealth(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if began := o.passBegan.Load(); began != 0 && time.Since(time.Unix(0, began)) > stuckAfter {
-			http.Error(w, "a pass has been running for more than "+stuckAfter.String(), http.StatusServiceUnavailable)
-			return
+		for _, pass := range []*atomic.Int64{&o.nodesBegan, &o.gcBegan} {
+			if began := pass.Load(); began != 0 && time.Since(time.Unix(0, began)) > stuckAfter {
+				http.Error(w, "a pass has been running for more than "+stuckAfter.String(), http.StatusServiceUnavailable)
+				return
+			}
 		}
 		if o.Leads() {
 			fmt.Fprintln(w, "ok, leading")

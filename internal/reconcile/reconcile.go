@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -58,8 +60,12 @@ type Config[K comparable, V any] struct {
 	Report  func(Health)
 	Log     *slog.Logger
 
-	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once.
+	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once. It grows with
+	// the time Desired takes: under constant change that is at most a tenth.
 	Throttle time.Duration
+	// Parallel is how many puts, and then how many deletes, run at the same time, for targets that are reached over a
+	// network; default 1. With Compare it must be 1.
+	Parallel int
 	// Reread is the time after which the target is listed again, default 5 minutes.
 	Reread time.Duration
 	// RetryMin and RetryMax bound the delay before a failed row or list is tried again, default 100 ms and 30 s.
@@ -135,12 +141,13 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 
 		started := time.Now()
 		snap := l.cfg.Desired()
+		throttle := max(l.cfg.Throttle, 9*time.Since(started))
 		l.pass(ctx, snap, waiters)
 		l.answer(waiters)
 		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
 			continue
 		}
-		if d := l.cfg.Throttle - time.Since(started); d > 0 {
+		if d := throttle - time.Since(started); d > 0 {
 			l.wait(ctx, d, nil)
 		}
 	}
@@ -232,41 +239,40 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 
 	// Puts before deletes, so that a lookup never misses in between.
 	var puts, deletes int
+	var write []K
 	for _, k := range l.sorted(maps.Keys(snap.Rows)) {
-		want := snap.Rows[k]
 		have, ok := l.actual[k]
 		_, doubt := l.unknown[k]
-		if ok && !doubt && l.cfg.Equal(have, want) {
+		if ok && !doubt && l.cfg.Equal(have, snap.Rows[k]) {
 			delete(l.retry, k)
 			continue
 		}
 		if r, ok := l.retry[k]; ok && now.Before(r.at) {
 			continue
 		}
-		if ctx.Err() != nil {
-			return
-		}
-		if err := l.cfg.Target.Put(ctx, k, want); err != nil {
+		write = append(write, k)
+	}
+	put := func(k K) error { return l.cfg.Target.Put(ctx, k, snap.Rows[k]) }
+	for k, err := range l.each(ctx, write, put) {
+		if err != nil {
 			// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
 			l.unknown[k] = struct{}{}
 			l.failed(k, now, fmt.Errorf("put %v: %w", k, err))
 			continue
 		}
 		puts++
-		l.actual[k] = want
+		l.actual[k] = snap.Rows[k]
 		delete(l.unknown, k)
 		delete(l.retry, k)
 	}
 
-	if snap.Complete {
-		for _, k := range l.unwanted(snap.Rows) {
-			if r, ok := l.retry[k]; ok && now.Before(r.at) {
-				continue
-			}
-			if ctx.Err() != nil {
-				return
-			}
-			if err := l.cfg.Target.Delete(ctx, k); err != nil {
+	if snap.Complete && ctx.Err() == nil {
+		unwanted := slices.DeleteFunc(l.unwanted(snap.Rows), func(k K) bool {
+			r, ok := l.retry[k]
+			return ok && now.Before(r.at)
+		})
+		for k, err := range l.each(ctx, unwanted, func(k K) error { return l.cfg.Target.Delete(ctx, k) }) {
+			if err != nil {
 				l.unknown[k] = struct{}{}
 				l.failed(k, now, fmt.Errorf("delete %v: %w", k, err))
 				continue
@@ -291,6 +297,36 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 		}
 	}
 	l.report(now, l.errors())
+}
+
+// each calls do for every key until ctx ends, as many at a time as Parallel says, and yields what became of each.
+func (l *Loop[K, V]) each(ctx context.Context, keys []K, do func(K) error) iter.Seq2[K, error] {
+	return func(yield func(K, error) bool) {
+		if l.cfg.Parallel <= 1 {
+			for _, k := range keys {
+				if ctx.Err() != nil || !yield(k, do(k)) {
+					return
+				}
+			}
+			return
+		}
+		errs, tried := make([]error, len(keys)), make([]bool, len(keys))
+		var next atomic.Int64
+		var wg sync.WaitGroup
+		for range min(l.cfg.Parallel, len(keys)) {
+			wg.Go(func() {
+				for i := next.Add(1) - 1; i < int64(len(keys)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+					errs[i], tried[i] = do(keys[i]), true
+				}
+			})
+		}
+		wg.Wait()
+		for i, k := range keys {
+			if tried[i] && !yield(k, errs[i]) {
+				return
+			}
+		}
+	}
 }
 
 func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {

@@ -325,3 +325,67 @@ func TestShuffledChangesAndFaultsConverge(t *testing.T) {
 		})
 	}
 }
+
+// slow is a target reached over a network: every write takes a second.
+type slow struct {
+	*Fault[string, int]
+	mu        sync.Mutex
+	now, most int
+}
+
+func (s *slow) write(f func() error) error {
+	s.mu.Lock()
+	s.now++
+	s.most = max(s.most, s.now)
+	s.mu.Unlock()
+	time.Sleep(time.Second)
+	s.mu.Lock()
+	s.now--
+	s.mu.Unlock()
+	return f()
+}
+
+func (s *slow) Put(ctx context.Context, k string, v int) error {
+	return s.write(func() error { return s.Fault.Put(ctx, k, v) })
+}
+
+func (s *slow) Delete(ctx context.Context, k string) error {
+	return s.write(func() error { return s.Fault.Delete(ctx, k) })
+}
+
+func TestParallelWritesOfASlowTarget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rows, old := map[string]int{}, map[string]int{}
+		for i := range 20 {
+			rows[fmt.Sprint("new", i)], old[fmt.Sprint("old", i)] = i, i
+		}
+		src, fault := newTable(true, rows), NewFault(old)
+		fault.Fail = func(op, k string) error {
+			if k == "new3" || k == "old3" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		tgt := &slow{Fault: fault}
+		f := start(t, src, fault, func(c *Config[string, int]) { c.Target, c.Compare, c.Parallel = tgt, nil, 8 })
+		time.Sleep(6*time.Second + 50*time.Millisecond) // three batches of puts, three of deletes
+		synctest.Wait()
+		if got := f.health(); tgt.most != 8 || got.Failing != 2 || got.Rows != 20 {
+			t.Errorf("%d at a time, %+v", tgt.most, got)
+		}
+		for i, w := range fault.History() {
+			if strings.HasPrefix(w, "put") != (i < 19) {
+				t.Errorf("write %d is %s", i, w)
+			}
+		}
+		src.set(true, rows)
+		fault.mu.Lock()
+		fault.Fail = nil
+		fault.mu.Unlock()
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if got := fault.Rows(); !maps.Equal(got, rows) {
+			t.Errorf("rows are %v", got)
+		}
+	})
+}

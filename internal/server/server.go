@@ -30,14 +30,18 @@ type Datapath interface {
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "lb", "nat", "socket", "metrics"}
+var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "tunnel", "lb", "nat", "socket", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {
 	Tables   *state.Tables
 	Facts    func() Facts
 	Datapath Datapath
-	Log      *slog.Logger
+	Events   Events
+	Options  Options
+	// EndpointLog may be asked from the start.
+	EndpointLog EndpointLog
+	Log         *slog.Logger
 }
 
 // Server answers requests.
@@ -52,7 +56,13 @@ func New(cfg Config) *Server {
 	s.handle("GET /v1/status", s.status)
 	s.handle("GET /v1/endpoints", s.endpoints)
 	s.handle("GET /v1/endpoints/{id}", s.endpoint)
+	s.handle("GET /v1/endpoints/{id}/log", s.endpointLog)
+	s.handle("GET /v1/config", s.options)
+	s.handle("PATCH /v1/config", s.setOptions)
+	s.mux.HandleFunc("GET /v1/monitor", s.monitor)
 	s.handle("GET /v1/ip", s.ips)
+	s.handle("GET /v1/identities", s.identities)
+	s.handle("GET /v1/identities/{id}", s.identity)
 	s.handle("GET /v1/nodes", func(*http.Request) (any, error) { return all(s, cfg.Tables.Nodes), nil })
 	s.handle("GET /v1/services", s.services)
 	s.handle("GET /v1/health", s.health)
@@ -188,12 +198,20 @@ func all[Row any](s *Server, tbl statedb.Table[Row]) []Row {
 
 func (s *Server) endpoints(*http.Request) (any, error) { return all(s, s.cfg.Tables.Endpoints), nil }
 
-func (s *Server) endpoint(r *http.Request) (any, error) {
+func endpointID(r *http.Request) (uint16, error) {
 	id, err := strconv.ParseUint(r.PathValue("id"), 10, 16)
 	if err != nil || id == 0 {
-		return nil, problem{http.StatusBadRequest, fmt.Sprintf("endpoint %q is not a number from 1 to 65535; 'lash endpoint list' shows them", r.PathValue("id"))}
+		return 0, problem{http.StatusBadRequest, fmt.Sprintf("endpoint %q is not a number from 1 to 65535; 'lash endpoint list' shows them", r.PathValue("id"))}
 	}
-	ep, _, ok := s.cfg.Tables.Endpoints.Get(s.cfg.Tables.DB.ReadTxn(), state.EndpointByID(uint16(id)))
+	return uint16(id), nil
+}
+
+func (s *Server) endpoint(r *http.Request) (any, error) {
+	id, err := endpointID(r)
+	if err != nil {
+		return nil, err
+	}
+	ep, _, ok := s.cfg.Tables.Endpoints.Get(s.cfg.Tables.DB.ReadTxn(), state.EndpointByID(id))
 	if !ok {
 		return nil, notFound("no endpoint %d on this node; 'lash endpoint list' shows those that are", id)
 	}
@@ -203,26 +221,51 @@ func (s *Server) endpoint(r *http.Request) (any, error) {
 func (s *Server) ips(*http.Request) (any, error) {
 	t := s.cfg.Tables
 	txn := t.DB.ReadTxn()
-	labels := map[string]map[string]string{}
-	for ep := range t.Endpoints.All(txn) {
-		for _, a := range ep.Addrs() {
-			labels[a.String()] = ep.Labels
-		}
-	}
 	rows := []agent.IP{}
-	for e := range t.IPCache.All(txn) {
-		row := agent.IP{Prefix: e.Prefix, Identity: e.Identity, Node: e.Node, Source: e.Source}
-		if l := labels[e.Prefix.Addr().String()]; e.Prefix.IsSingleIP() && len(l) > 0 && !e.Identity.Reserved() {
-			for k, v := range l {
-				row.Labels = append(row.Labels, "k8s:"+k+"="+v)
-			}
-			slices.Sort(row.Labels)
-		} else {
-			row.Labels = []string{e.Identity.String()}
-		}
-		rows = append(rows, row)
+	for p, e := range t.Addresses(txn) {
+		rows = append(rows, agent.IP{Prefix: p, Identity: e.Identity, Labels: s.labels(txn, e.Identity), Node: e.Node, Source: e.Source})
 	}
+	slices.SortFunc(rows, func(a, b agent.IP) int { return a.Prefix.Compare(b.Prefix) })
 	return rows, nil
+}
+
+// labels are those behind an identity; of one that is not known (yet), its number.
+func (s *Server) labels(txn statedb.ReadTxn, id model.Identity) []string {
+	if fixed := id.FixedLabels(); fixed != nil {
+		return fixed
+	}
+	if row, _, ok := s.cfg.Tables.Identities.Get(txn, state.IdentityByID(id)); ok {
+		return row.Labels.List()
+	}
+	return []string{id.String()}
+}
+
+func (s *Server) identities(*http.Request) (any, error) {
+	txn := s.cfg.Tables.DB.ReadTxn()
+	rows := []agent.Identity{}
+	for _, id := range model.FixedIdentities() {
+		rows = append(rows, agent.Identity{ID: id, Labels: id.FixedLabels()})
+	}
+	for r := range s.cfg.Tables.Identities.All(txn) {
+		rows = append(rows, agent.Identity{ID: r.ID, Labels: r.Labels.List()})
+	}
+	slices.SortFunc(rows, func(a, b agent.Identity) int { return int(a.ID) - int(b.ID) })
+	return rows, nil
+}
+
+func (s *Server) identity(r *http.Request) (any, error) {
+	id, err := strconv.ParseUint(r.PathValue("id"), 10, 32)
+	if err != nil {
+		return nil, problem{http.StatusBadRequest, fmt.Sprintf("identity %q is not a number; 'lash identity list' shows them", r.PathValue("id"))}
+	}
+	if fixed := model.Identity(id).FixedLabels(); fixed != nil {
+		return agent.Identity{ID: model.Identity(id), Labels: fixed}, nil
+	}
+	row, _, ok := s.cfg.Tables.Identities.Get(s.cfg.Tables.DB.ReadTxn(), state.IdentityByID(model.Identity(id)))
+	if !ok {
+		return nil, notFound("no identity %d; 'lash identity list' shows those that are", id)
+	}
+	return agent.Identity{ID: row.ID, Labels: row.Labels.List()}, nil
 }
 
 func (s *Server) services(*http.Request) (any, error) {

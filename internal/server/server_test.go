@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -63,7 +65,10 @@ func TestAnswers(t *testing.T) {
 	state.Insert(tables.DB, tables.Endpoints, model.Endpoint{ID: 7, Namespace: "d", Pod: "p", IPv4: netip.MustParseAddr("10.0.1.7"), Identity: 4711, Labels: map[string]string{"app": "x"}})
 	state.Insert(tables.DB, tables.IPCache,
 		state.IPCache{Prefix: netip.MustParsePrefix("10.0.1.7/32"), IPCacheEntry: model.IPCacheEntry{Identity: 4711}},
+		state.IPCache{Prefix: netip.MustParsePrefix("10.0.1.8/32"), IPCacheEntry: model.IPCacheEntry{Identity: 4712}},
 		state.IPCache{Prefix: netip.MustParsePrefix("0.0.0.0/0"), IPCacheEntry: model.IPCacheEntry{Identity: 2}})
+	state.Insert(tables.DB, tables.Identities, state.Identity{ID: 4711, Labels: "k8s:app=x;k8s:b="})
+	state.Insert(tables.DB, tables.CiliumEndpoints, state.CiliumEndpoint{Namespace: "d", Name: "r", IPv4: netip.MustParseAddr("10.0.2.1"), Identity: 4711, Node: netip.MustParseAddr("172.18.0.12")})
 	state.Insert(tables.DB, tables.Devices, model.Device{Ifindex: 2, Name: "eth0", DirectRouting: true})
 	state.Insert(tables.DB, tables.Controllers, model.Controller{Name: "routes", LastSuccess: 5, Message: "no error"}, model.Controller{Name: "x", Errors: 3, LastError: 7, Message: "m"})
 	state.Insert(tables.DB, tables.Warnings, state.Warning{Key: "k", Text: "w"})
@@ -95,9 +100,26 @@ func TestAnswers(t *testing.T) {
 		t.Errorf("endpoint is %v", ep)
 	}
 	ips := get[[]agent.IP](t, s, "/v1/ip", 200)
-	if len(ips) != 2 || ips[0].Labels[0] != "reserved:world" || ips[1].Labels[0] != "k8s:app=x" {
-		t.Errorf("ips are %+v", ips)
+	var lines []string
+	for _, ip := range ips {
+		lines = append(lines, strings.TrimSpace(fmt.Sprintln(ip.Prefix, ip.Identity, ip.Labels, ip.Node, ip.Source)))
 	}
+	if want := []string{"0.0.0.0/0 reserved:world [reserved:world] invalid IP", "10.0.1.7/32 4711 [k8s:app=x k8s:b] invalid IP", "10.0.1.8/32 4712 [4712] invalid IP",
+		"10.0.2.1/32 4711 [k8s:app=x k8s:b] 172.18.0.12 custom-resource"}; !slices.Equal(lines, want) {
+		t.Errorf("ips are %q", lines)
+	}
+	ids := get[[]agent.Identity](t, s, "/v1/identities", 200)
+	if n := len(ids); n != 12 || ids[0].ID != 1 || ids[10].ID != 4711 || ids[11].ID != 16777217 || ids[10].Labels[1] != "k8s:b" {
+		t.Errorf("identities are %+v", ids)
+	}
+	if id := get[agent.Identity](t, s, "/v1/identities/7", 200); !slices.Equal(id.Labels, []string{"reserved:kube-apiserver", "reserved:remote-node"}) {
+		t.Errorf("identity 7 is %+v", id)
+	}
+	if id := get[agent.Identity](t, s, "/v1/identities/4711", 200); len(id.Labels) != 2 {
+		t.Errorf("identity 4711 is %+v", id)
+	}
+	get[agent.Error](t, s, "/v1/identities/4712", 404)
+	get[agent.Error](t, s, "/v1/identities/x", 400)
 	if svcs := get[[]agent.Service](t, s, "/v1/services", 200); len(svcs) != 2 || svcs[0].Frontend != "10.96.0.9:53/UDP" {
 		t.Errorf("services are %+v", svcs)
 	}

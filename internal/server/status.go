@@ -33,6 +33,7 @@ type Facts struct {
 	ClockSource          string
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
+	Monitor              agent.NodeMonitor
 	HealthDaemon         agent.Component
 	ProbeInterval        time.Duration
 	Why                  []agent.Requirement
@@ -61,7 +62,8 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		SRv6:             disabled(""),
 		CNIChaining:      "none",
 		CNIConfigFile:    f.CNIConfigFile,
-		NodeMonitor:      disabled(""),
+		NodeMonitor:      nodeMonitor(f.Monitor),
+		Monitor:          f.Monitor,
 		HealthDaemon:     f.HealthDaemon,
 		IPAM:             f.IPAM,
 		IPv4BigTCP:       disabled(""),

@@ -26,8 +26,12 @@ func From[Row any](tbl statedb.Table[Row]) Input {
 	}}
 }
 
-// Settle is how long a stage waits for more changes after the first one, so that a burst is computed once.
-const Settle = 2 * time.Millisecond
+// Settle is how long a stage waits for more changes after the first one, so that a burst is computed once. A stage that
+// takes long to compute waits longer: under constant change it uses at most a fifth of a CPU.
+const (
+	Settle    = 2 * time.Millisecond
+	settleMax = 500 * time.Millisecond
+)
 
 // Stage keeps the rows of one table that it owns equal to a pure function of other tables.
 type Stage[Row any] struct {
@@ -66,6 +70,7 @@ func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
 		chans, complete := watch(txn, s.Inputs)
 		ws := statedb.NewWatchSet()
 		ws.Add(chans...)
+		began := time.Now()
 		if complete || !s.Complete {
 			rows := s.Compute(txn, complete)
 			w := db.WriteTxn(s.Out)
@@ -81,7 +86,7 @@ func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
 				w.Abort()
 			}
 		}
-		if _, err := ws.Wait(ctx, Settle); err != nil || ctx.Err() != nil {
+		if _, err := ws.Wait(ctx, min(max(Settle, 4*time.Since(began)), settleMax)); err != nil || ctx.Err() != nil {
 			return nil
 		}
 	}

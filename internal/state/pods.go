@@ -9,6 +9,8 @@ import (
 	"strconv"
 
 	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/internal/model"
 )
 
 // Pod is a pod of this node as the API server has it.
@@ -23,7 +25,17 @@ type Pod struct {
 	Terminating          bool
 	Controlled           bool // a controller makes a new one if it is deleted
 	Mirror               bool // a static pod's image in the API
+	Ports                []PodPort
 }
+
+// PodPort is a named port of a container.
+type PodPort struct {
+	Name string
+	model.L4
+}
+
+// Ended reports whether no container of the pod will run any more: its addresses are free.
+func (r Pod) Ended() bool { return r.Phase == "Succeeded" || r.Phase == "Failed" }
 
 // Key is "namespace/name".
 func (r Pod) Key() string { return r.Namespace + "/" + r.Name }
@@ -32,7 +44,7 @@ func (r Pod) Key() string { return r.Namespace + "/" + r.Name }
 func (r Pod) Equal(o Pod) bool {
 	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.HostNetwork == o.HostNetwork && r.Phase == o.Phase &&
 		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror && r.Controlled == o.Controlled &&
-		slices.Equal(r.IPs, o.IPs) && maps.Equal(r.Labels, o.Labels)
+		slices.Equal(r.IPs, o.IPs) && slices.Equal(r.Ports, o.Ports) && maps.Equal(r.Labels, o.Labels)
 }
 
 var podByName = byString("name", Pod.Key)

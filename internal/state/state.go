@@ -22,15 +22,22 @@ type Tables struct {
 	IPCache     statedb.RWTable[IPCache]       // node: who is behind a prefix
 	Routes      statedb.RWTable[Route]         // node: wanted routes
 	Warnings    statedb.RWTable[Warning]       // node, ipam: what a person should know
+	TunnelPaths statedb.RWTable[TunnelPath]    // agent: what the kernel has of the way into the tunnel
 	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
 	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
 	Pods        statedb.RWTable[Pod]           // k8s: pods of this node
+	Namespaces  statedb.RWTable[Namespace]     // k8s
 	Services    statedb.RWTable[Service]       // k8s
 	Slices      statedb.RWTable[EndpointSlice] // k8s
 	Frontends   statedb.RWTable[Frontend]      // service
-	NodeHealth  statedb.RWTable[NodeHealth]    // health: what probes of nodes have found
-	Controllers statedb.RWTable[Controller]    // every loop
-	BadObjects  statedb.RWTable[BadObject]     // k8s: objects that could not be used
+
+	Identities      statedb.RWTable[Identity]       // k8s: CiliumIdentities
+	PodIdentities   statedb.RWTable[PodIdentity]    // identity: of the pods of this node
+	CiliumEndpoints statedb.RWTable[CiliumEndpoint] // k8s: pods of all nodes
+
+	NodeHealth  statedb.RWTable[NodeHealth] // health: what probes of nodes have found
+	Controllers statedb.RWTable[Controller] // every loop
+	BadObjects  statedb.RWTable[BadObject]  // k8s: objects that could not be used
 }
 
 // New returns an empty database. Stop ends its background work.
@@ -44,12 +51,17 @@ func New() (*Tables, error) {
 		create(db, &t.IPCache, newIPCache),
 		create(db, &t.Routes, newRoutes),
 		create(db, &t.Warnings, newWarnings),
+		create(db, &t.TunnelPaths, newTunnelPaths),
 		create(db, &t.Devices, newDevices),
 		create(db, &t.Endpoints, newEndpoints),
 		create(db, &t.Pods, newPods),
+		create(db, &t.Namespaces, newNamespaces),
 		create(db, &t.Services, newServices),
 		create(db, &t.Slices, newSlices),
 		create(db, &t.Frontends, newFrontends),
+		create(db, &t.Identities, newIdentities),
+		create(db, &t.PodIdentities, newPodIdentities),
+		create(db, &t.CiliumEndpoints, newCiliumEndpoints),
 		create(db, &t.NodeHealth, newNodeHealth),
 		create(db, &t.Controllers, newControllers),
 		create(db, &t.BadObjects, newBadObjects),

@@ -30,10 +30,15 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.IPCache, IPCache{Prefix: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Routes, Route{Dst: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Warnings, Warning{Key: "k"})
+	Insert(tables.DB, tables.TunnelPaths, TunnelPath{Prefix: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Devices, Device{Ifindex: 2})
 	Insert(tables.DB, tables.Local, Node{Name: "n"})
 	Insert(tables.DB, tables.Endpoints, Endpoint{ID: 7})
 	Insert(tables.DB, tables.Pods, Pod{Namespace: "a", Name: "b"})
+	Insert(tables.DB, tables.Namespaces, Namespace{Name: "a"})
+	Insert(tables.DB, tables.Identities, Identity{ID: 256, Labels: "k8s:app=x"})
+	Insert(tables.DB, tables.PodIdentities, PodIdentity{Namespace: "a", Name: "b"})
+	Insert(tables.DB, tables.CiliumEndpoints, CiliumEndpoint{Namespace: "a", Name: "b"})
 	Insert(tables.DB, tables.Services, Service{Namespace: "a", Name: "b", Ports: []ServicePort{{}}})
 	Insert(tables.DB, tables.Slices, EndpointSlice{Namespace: "a", Name: "b", Ports: []SlicePort{{}}, Endpoints: []SliceEndpoint{{}}})
 	Insert(tables.DB, tables.Frontends, Frontend{Key: model.Frontend{Addr: netip.MustParseAddr("10.0.0.1")}})
@@ -41,7 +46,7 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.BadObjects, BadObject{Kind: "k"})
 	txn := tables.DB.ReadTxn()
 	metas := tables.DB.GetTables(txn)
-	if len(metas) < 14 {
+	if len(metas) < 18 {
 		t.Fatalf("only %d tables", len(metas))
 	}
 	for _, m := range metas {

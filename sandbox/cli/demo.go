@@ -24,8 +24,11 @@ what pods expect of their network. Prints a line for each check; the last line i
 			if o.With != "lash" && o.With != "bridge" {
 				return fmt.Errorf("--with %q: use lash or bridge", o.With)
 			}
-			if o.Resilience && o.With != "lash" {
-				return fmt.Errorf("--resilience goes with --with lash only")
+			if demo.Modes[o.Mode] == "" {
+				return fmt.Errorf("--mode %q: use vxlan or native", o.Mode)
+			}
+			if (o.Resilience || o.Switch) && o.With != "lash" {
+				return fmt.Errorf("--resilience and --switch go with --with lash only")
 			}
 			err := demo.Run(cmd.Context(), a.name, o)
 			if errors.Is(err, demo.ErrFailed) {
@@ -35,6 +38,8 @@ what pods expect of their network. Prints a line for each check; the last line i
 		},
 	}
 	cmd.Flags().StringVar(&o.With, "with", "lash", "pod network: lash, bridge (the distribution's bridge plugin and kube-proxy)")
+	cmd.Flags().StringVar(&o.Mode, "mode", "vxlan", "how packets travel between nodes, with lash: vxlan, native")
+	cmd.Flags().BoolVar(&o.Switch, "switch", false, "also pass to the other mode and back, five times under traffic")
 	cmd.Flags().StringVar(&o.Lash, "lash", "bin/lash", "path of the lash program")
 	cmd.Flags().StringVar(&o.Image, "image", "dist/lash.oci.tar", "path of Lash's image archive")
 	cmd.Flags().StringArrayVar(&o.Set, "set", nil, "chart value KEY=VALUE for the installation; may be repeated")

@@ -199,6 +199,7 @@ func (w *world) checks(o Options) []check {
 	}
 	if o.With == "lash" {
 		list = append(list, w.lash()...)
+		list = append(list, w.modeChecks(o.Mode)...)
 	}
 	return list
 }

@@ -28,10 +28,12 @@ type Options struct {
 	With  string   // pod network: "lash" or "bridge"
 	Lash  string   // path of the lash program, with --with lash
 	Image string   // path of Lash's image archive, with --with lash
+	Mode  string   // with "lash": one of Modes
 	Set   []string // chart values for `lash install --set`
 	Fresh bool     // always start from an empty cluster
 	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
 	Resilience bool
+	Switch     bool // also pass to the other mode and back, five times under traffic
 	Out        io.Writer
 	Say        func(format string, args ...any)
 }
@@ -94,6 +96,13 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 	if o.Resilience && failed == 0 {
 		o.Say("resilience: agents, nodes and the API server go away while pods talk")
 		p, f := checkResilience(ctx, w, o)
+		passed, failed = passed+p, failed+f
+	}
+	if o.Switch && failed == 0 {
+		if w, err = look(ctx, c); err != nil { // nodes may have been replaced
+			return passed, failed, err
+		}
+		p, f := checkSwitch(ctx, w, o)
 		passed, failed = passed+p, failed+f
 	}
 	return passed, failed, nil
@@ -175,7 +184,7 @@ func install(ctx context.Context, c *cluster.Cluster, o Options) error {
 	if _, err := c.Kubectl(ctx, "-n", "kube-system", "get", "ds/lash"); err == nil {
 		verb = "upgrade"
 	}
-	args := []string{verb, "--kubeconfig", c.Kubeconfig(false)}
+	args := []string{verb, "--kubeconfig", c.Kubeconfig(false), "--set", Modes[o.Mode]}
 	for _, s := range o.Set {
 		args = append(args, "--set", s)
 	}

@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"github.com/lash-net/lash/bpf"
-	"github.com/lash-net/lash/internal/datapath"
 )
 
 var hookOf = map[string]uint8{
@@ -86,7 +85,7 @@ func judgeCounters(in input, out outcome) error {
 	var dropped, counted uint64
 	for key, n := range out.drops {
 		dropped += n
-		if key.Dir != hook || datapath.DropName(key.Reason) == fmt.Sprintf("reason %d", key.Reason) || key.Line == 0 || key.File == 0 {
+		if key.Dir != hook || bpf.DropName(key.Reason) == fmt.Sprintf("reason %d", key.Reason) || key.Line == 0 || key.File == 0 {
 			return fmt.Errorf("counted as drop %+v", key)
 		}
 	}

@@ -1,13 +1,18 @@
-{{/* The routing mode, from its present name or from the old value "tunnel". */}}
+{{/* The routing mode and the tunnel's protocol, from their present names or from the old value "tunnel". */}}
 {{- define "lash.routingMode" -}}
-{{- $mode := .Values.routingMode -}}
 {{- if .Values.tunnel -}}
-{{- $mode = ternary "native" "tunnel" (eq .Values.tunnel "disabled") -}}
+{{ ternary "native" "tunnel" (eq .Values.tunnel "disabled") }}
+{{- else -}}
+{{ .Values.routingMode }}
 {{- end -}}
-{{- if ne $mode "native" -}}
-{{- fail (printf "routingMode=%s is not supported by this version, which routes natively: set routingMode=native and, if all nodes share a link, autoDirectNodeRoutes=true" $mode) -}}
 {{- end -}}
-{{- $mode -}}
+
+{{- define "lash.tunnelProtocol" -}}
+{{- if has .Values.tunnel (list "vxlan" "geneve") -}}
+{{ .Values.tunnel }}
+{{- else -}}
+{{ .Values.tunnelProtocol | default "vxlan" }}
+{{- end -}}
 {{- end -}}
 
 {{- define "lash.kubeProxyReplacement" -}}

@@ -196,6 +196,28 @@ func addPodAddr(ns *os.File, pod *netlink.Handle, link netlink.Link, addr netip.
 	return nil
 }
 
+// RoutePod replaces the routes of a pod by those of another network of the same routers: their MTU may differ.
+func (h *Host) RoutePod(_ context.Context, ns *os.File, ep model.Endpoint, network model.PodNetwork) error {
+	if err := h.checkPodNetns(ns); err != nil {
+		return err
+	}
+	pod, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("pod's namespace: %w", err)
+	}
+	defer pod.Close()
+	link, err := pod.LinkByName(ep.ContainerIfName)
+	if err != nil || link.Attrs().Index != ep.PeerIfindex {
+		return fmt.Errorf("the pod's namespace has no device %s of number %d: %w", ep.ContainerIfName, ep.PeerIfindex, err)
+	}
+	for _, route := range podRoutes(ep, network) {
+		if err := pod.RouteReplace(&route); err != nil {
+			return fmt.Errorf("route %s in the pod: %w", route, err)
+		}
+	}
+	return nil
+}
+
 // podRoutes are the routes of a pod: the router directly, everything else by it. The MTU goes to the default route only.
 func podRoutes(ep model.Endpoint, network model.PodNetwork) []netlink.Route {
 	var routes []netlink.Route

@@ -142,6 +142,37 @@ func TestRouteMTUIsOnDefaultRoutesOnlyWhenAsked(t *testing.T) {
 	}
 }
 
+// The seeds' pod in tunnel mode, the same after its node has passed to native routing, and back.
+func TestPodGetsTheRouteMTUOfEachMode(t *testing.T) {
+	h, _ := newHost(t)
+	pod := testutil.Netns(t)
+	network := testNetwork
+	network.RouteMTU = 1450
+	ep := attach(t, h, pod, testEndpoint(), network)
+	for _, mtu := range []string{"1450", "1500", "1450"} {
+		if mtu == "1500" {
+			network.RouteMTU = 1500
+		} else {
+			network.RouteMTU = 1450
+		}
+		for range 2 {
+			if err := h.RoutePod(context.Background(), pod, ep, network); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := "default via 10.0.2.194 dev eth0 mtu " + mtu + "\n10.0.2.194 dev eth0 scope link"
+		if diff := cmp.Diff(want, shape(testutil.In(t, pod, "ip", "route"))); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		if got := testutil.In(t, pod, "ip", "-6", "route", "show", "default"); strings.Count(got, "default") != 1 || !strings.Contains(got, "via fd00::2c2 dev eth0 metric 1024 mtu "+mtu) {
+			t.Errorf("IPv6: %s", got)
+		}
+		if err := h.CheckPod(context.Background(), pod, ep, network); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestPodWithIPv6SwitchedOffGetsItBack(t *testing.T) {
 	h, _ := newHost(t)
 	pod := testutil.Netns(t)

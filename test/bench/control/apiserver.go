@@ -32,6 +32,9 @@ var resources = map[string][2]string{
 	"services":       {"v1", "Service"},
 	"endpointslices": {"discovery.k8s.io/v1", "EndpointSlice"},
 	"ciliumnodes":    {"cilium.io/v2", "CiliumNode"},
+
+	"ciliumidentities": {"cilium.io/v2", "CiliumIdentity"},
+	"ciliumendpoints":  {"cilium.io/v2", "CiliumEndpoint"},
 }
 
 func newAPIServer() *apiServer {

@@ -116,7 +116,7 @@ type agent struct {
 func (n *node) start(ctx context.Context) (*agent, error) {
 	cmd := exec.Command(n.agent,
 		"--k8s-kubeconfig-path="+n.path("kubeconfig"), "--ipam=kubernetes", "--enable-ipv6=true", "--bpf-root=/sys/fs/bpf", "--cgroup-root="+n.cgroup,
-		"--ipv4-native-routing-cidr=10.76.0.0/16", "--ipv6-native-routing-cidr=fd00:76::/32", "--auto-direct-node-routes=true",
+		"--routing-mode=native", "--ipv4-native-routing-cidr=10.76.0.0/16", "--ipv6-native-routing-cidr=fd00:76::/32", "--auto-direct-node-routes=true",
 		"--cni-conf-dir="+n.path("net.d"), "--cni-bin-dir="+n.path("cni-bin"), "--cni-socket-path="+n.path("cni.sock"),
 		"--socket-path="+n.path("lash.sock"), "--state-dir="+n.path("state"), fmt.Sprintf("--agent-health-port=%d", healthPort))
 	cmd.Env = append(os.Environ(), "K8S_NODE_NAME="+nodeName)

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package identity
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/reconcile"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// Need is what a set of labels lacks.
+type Need struct {
+	Prefer model.Identity // no number; pods with these labels had this one before, 0 if none
+	Marked model.Identity // has this number, which the operator is about to delete for want of a user
+}
+
+// Pending is the Desired function of the loop that allocates: the label sets of this node's pods that have no number,
+// or one that is about to go. What has one is not in it any more, and comes back if the number is lost.
+func Pending(t *state.Tables) func() reconcile.Snapshot[model.Labels, Need] {
+	inputs := []state.Input{state.From(t.PodIdentities), state.From(t.Identities)}
+	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[model.Labels]Need {
+		rows := map[model.Labels]Need{}
+		if complete, _ := t.Identities.Initialized(txn); !complete {
+			return rows // what is allocated is not known yet
+		}
+		for pod := range t.PodIdentities.All(txn) {
+			if pod.Identity == model.IdentityUnknown {
+				rows[pod.Labels] = Need{Prefer: max(rows[pod.Labels].Prefer, had(t, txn, pod))}
+			} else if id, _, ok := t.Identities.Get(txn, state.IdentityByID(pod.Identity)); ok && id.Unused {
+				rows[pod.Labels] = Need{Marked: pod.Identity}
+			}
+		}
+		return rows
+	})
+}
+
+// had is the number with which an endpoint of the pod was restored, if its labels are still the same.
+func had(t *state.Tables, txn statedb.ReadTxn, pod state.PodIdentity) model.Identity {
+	for ep := range t.Endpoints.List(txn, state.EndpointByPod(pod.Key())) {
+		if ep.Identity >= model.IdentityMin && ep.Identity <= model.IdentityMax && pod.Is(ep) && model.LabelsOf(ep.Labels) == pod.Labels {
+			return ep.Identity
+		}
+	}
+	return model.IdentityUnknown
+}
+
+// Store is the cluster's identities; k8s.Client is one.
+type Store interface {
+	// CreateIdentity makes the number mean the labels unless it means others. It returns what the number means now.
+	CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (model.Labels, error)
+	// UseIdentity takes the operator's mark from an identity. One that is gone is no error.
+	UseIdentity(ctx context.Context, id model.Identity) error
+}
+
+// Allocator is the target of the loop over Pending. It lists nothing and deletes nothing: rows that are no longer
+// wanted have their number.
+type Allocator struct {
+	Tables *state.Tables
+	Store  Store
+}
+
+// List implements reconcile.Target.
+func (a Allocator) List(context.Context) (map[model.Labels]Need, error) { return nil, nil }
+
+// Delete implements reconcile.Target.
+func (a Allocator) Delete(context.Context, model.Labels) error { return nil }
+
+// Put gives the labels a number, or saves the one they have.
+func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) error {
+	if need.Marked != model.IdentityUnknown {
+		return a.Store.UseIdentity(ctx, need.Marked)
+	}
+	txn := a.Tables.DB.ReadTxn()
+	try := func(id model.Identity) (ok bool, err error) {
+		if row, _, taken := a.Tables.Identities.Get(txn, state.IdentityByID(id)); taken {
+			return row.Labels == labels, nil
+		}
+		owner, err := a.Store.CreateIdentity(ctx, id, labels)
+		if err != nil {
+			return false, fmt.Errorf("identity %d: %w", uint32(id), err)
+		}
+		return owner == labels, nil
+	}
+	if need.Prefer != model.IdentityUnknown {
+		if ok, err := try(need.Prefer); ok || err != nil {
+			return err
+		}
+	}
+	id := labels.Number()
+	for range model.IdentityMax - model.IdentityMin + 1 {
+		if ok, err := try(id); ok || err != nil {
+			return err
+		}
+		id = id.Next()
+	}
+	return errors.New("all 65280 identities of the cluster are in use: fewer labels must be security-relevant (configuration key labels)")
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package identity
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/cilium/statedb"
+
+	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/reconcile"
+	"github.com/lash-net/lash/internal/state"
+)
+
+// Published is the Desired function of the loop over CiliumEndpoints: pods of this node that have an address and an
+// identity. A pod without an endpoint has its address by its object, if it is one of this node's pod CIDRs: somebody
+// else attached it, or it is just being attached; its identity counts all the same. A pod whose labels have no number
+// yet keeps the one it is known by.
+func Published(t *state.Tables) func() reconcile.Snapshot[string, state.PublishedEndpoint] {
+	inputs := []state.Input{state.From(t.PodIdentities), state.From(t.Pods), state.From(t.Endpoints), state.From(t.Local)}
+	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[string]state.PublishedEndpoint {
+		rows := make(map[string]state.PublishedEndpoint, t.PodIdentities.NumObjects(txn))
+		var local model.Node
+		for n := range t.Local.All(txn) {
+			local = n
+		}
+		self := local.IPv4()
+		if !self.IsValid() {
+			self = local.IPv6()
+		}
+		attached := map[netip.Addr]bool{}
+		for ep := range t.Endpoints.All(txn) {
+			for _, a := range ep.Addrs() {
+				attached[a] = true
+			}
+		}
+		for who := range t.PodIdentities.All(txn) {
+			pod, _, ok := t.Pods.Get(txn, state.PodByName(who.Key()))
+			if !ok || pod.UID != who.UID || !self.IsValid() {
+				continue
+			}
+			row := state.PublishedEndpoint{Labels: who.Labels, Ports: pod.Ports, CiliumEndpoint: state.CiliumEndpoint{
+				Namespace: who.Namespace, Name: who.Name, PodUID: who.UID, Node: self, Identity: who.Identity,
+			}}
+			if ep, ok := endpointOf(t, txn, who); ok {
+				row.EndpointID, row.State, row.IPv4, row.IPv6, row.ContainerID = ep.ID, ep.State, ep.IPv4, ep.IPv6, ep.ContainerID
+			} else if !pod.Terminating {
+				row.State = model.EndpointDisconnected
+				for _, a := range pod.IPs {
+					if !attached[a] && slices.ContainsFunc(local.PodCIDRs, func(p netip.Prefix) bool { return p.Contains(a) }) {
+						if a.Is4() {
+							row.IPv4 = a
+						} else {
+							row.IPv6 = a
+						}
+					}
+				}
+			}
+			if row.Identity == model.IdentityUnknown {
+				if old, _, ok := t.CiliumEndpoints.Get(txn, state.CiliumEndpointByName(who.Key())); ok && old.PodUID == who.UID {
+					row.Identity = old.Identity
+				}
+			}
+			if row.Identity != model.IdentityUnknown && (row.IPv4.IsValid() || row.IPv6.IsValid()) {
+				rows[who.Key()] = row
+			}
+		}
+		return rows
+	})
+}
+
+// endpointOf is the pod's endpoint once traffic may reach it.
+func endpointOf(t *state.Tables, txn statedb.ReadTxn, pod state.PodIdentity) (model.Endpoint, bool) {
+	for ep := range t.Endpoints.List(txn, state.EndpointByPod(pod.Key())) {
+		if pod.Is(ep) && (ep.State == model.EndpointReady || ep.State == model.EndpointDisconnected) {
+			return ep, true
+		}
+	}
+	return model.Endpoint{}, false
+}
+
+// Identify is the identity of a new endpoint: its pod's if the number is known already, else init.
+func Identify(t *state.Tables, ep model.Endpoint) (model.Identity, map[string]string) {
+	who, _, ok := t.PodIdentities.Get(t.DB.ReadTxn(), state.PodIdentityByName(ep.PodName()))
+	if !ok || !who.Is(ep) || who.Identity == model.IdentityUnknown {
+		return model.IdentityInit, map[string]string{model.IdentityInit.String(): ""}
+	}
+	return who.Identity, who.Labels.Map()
+}
+
+// Outdated are the endpoints of this node whose labels have come to another number than theirs, with the new ones.
+func Outdated(t *state.Tables, txn statedb.ReadTxn) []model.Endpoint {
+	var out []model.Endpoint
+	for ep := range t.Endpoints.All(txn) {
+		who, _, ok := t.PodIdentities.Get(txn, state.PodIdentityByName(ep.PodName()))
+		if !ok || !who.Is(ep) || who.Identity == model.IdentityUnknown || ep.State != model.EndpointReady {
+			continue
+		}
+		if ep.Identity != who.Identity || model.LabelsOf(ep.Labels) != who.Labels {
+			ep.Identity, ep.Labels = who.Identity, who.Labels.Map()
+			out = append(out, ep)
+		}
+	}
+	return out
+}
