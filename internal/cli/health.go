@@ -108,11 +108,11 @@ func printClusterHealth(w io.Writer, h agent.ClusterHealth, detail healthDetail)
 		return
 	}
 	const most = 10
-	for i, n := range nodes {
-		if i == most && detail == healthFailing {
-			row(w, "  ...")
-			return
-		}
+	more := detail == healthFailing && len(nodes) > most
+	if more {
+		nodes = nodes[:most]
+	}
+	for _, n := range nodes {
 		var counts [2]struct{ all, answered int }
 		ip := ""
 		for _, p := range n.Paths {
@@ -128,10 +128,15 @@ func printClusterHealth(w io.Writer, h agent.ClusterHealth, detail healthDetail)
 			}
 		}
 		row(w, "  "+nodeTitle(h, n), ip, fmt.Sprintf("%d/%d", counts[0].answered, counts[0].all), fmt.Sprintf("%d/%d", counts[1].answered, counts[1].all))
+	}
+	if more {
+		row(w, "  ...")
+	}
+	for _, n := range nodes { // after the lines the field has, one for each probe that fails
 		for _, p := range n.Paths {
 			for _, r := range []probe{{"ICMP", p.ICMP}, {"HTTP", p.HTTP}} {
 				if r.Failed() {
-					row(w, fmt.Sprintf("    %s to %s %s: %s, since %s", r.kind, strings.ToLower(where(p)), p.Addr, r.Error, stampOf(r.Since)))
+					row(w, fmt.Sprintf("    %s, %s to %s %s: %s, since %s", n.Name, r.kind, strings.ToLower(where(p)), p.Addr, r.Error, stampOf(r.Since)))
 				}
 			}
 		}

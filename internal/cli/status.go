@@ -190,10 +190,13 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 		table(func(tw io.Writer) { kprDetails(tw, kpr) })
 		table(func(tw io.Writer) { bpfMaps(tw, s.BPFMaps) })
 	}
-	short("Encryption", s.Encryption)
 	if verbose {
-		table(func(tw io.Writer) { printClusterHealth(tw, s.ClusterHealth, healthVerbose) })
+		table(func(tw io.Writer) {
+			row(tw, "Encryption:", s.Encryption.State)
+			printClusterHealth(tw, s.ClusterHealth, healthVerbose)
+		})
 	} else {
+		short("Encryption", s.Encryption)
 		printClusterHealth(w, s.ClusterHealth, healthFailing)
 	}
 	w.Flush()
