@@ -71,7 +71,7 @@ var rules = []rule{
 var stage = []string{"internal/model", "internal/state", "internal/reconcile"}
 
 // free are packages outside of the layers: the CLI's side and tests' helpers.
-var free = []string{"cmd/lash", "internal/cli", "internal/install", "internal/image", "internal/testutil", "internal/bench", "test", "sandbox", "deploy", "hack"}
+var free = []string{"cmd/lash", "internal/cli", "internal/install", "internal/image", "internal/sysdump", "internal/testutil", "internal/bench", "test", "sandbox", "deploy", "hack"}
 
 type goPackage struct {
 	ImportPath string
