@@ -126,8 +126,7 @@ func removeIfThere(path string) error {
 // dumpNode collects what there is on this node.
 func (a *app) dumpNode(ctx context.Context, archive *sysdump.Archive, quick bool) {
 	c := newClient(a.socket)
-	archive.Agent(ctx, c.get, quick)
-	archive.Collect(ctx, 20*time.Second, sysdump.Part{Name: "status.txt", Get: func(ctx context.Context) ([]byte, error) {
+	archive.Agent(ctx, c.get, quick, sysdump.Part{Name: "status.txt", Get: func(ctx context.Context) ([]byte, error) {
 		var s agent.Status
 		if err := c.get(ctx, "/v1/status?nodes", &s); err != nil {
 			return nil, err

@@ -30,8 +30,8 @@ var answers = []struct{ name, path string }{
 var bpfTables = []string{"net", "endpoint", "device", "ipcache", "tunnel", "lb", "socket", "metrics", "ct", "nat"}
 
 // Agent collects what the agent of this node knows and has in the kernel. If it does not answer, that is one problem, not
-// one for each file. quick leaves out the connections.
-func (a *Archive) Agent(ctx context.Context, ask Ask, quick bool) {
+// one for each file. quick leaves out the connections; more are files that the caller makes of answers.
+func (a *Archive) Agent(ctx context.Context, ask Ask, quick bool, more ...Part) {
 	var alive agent.Version
 	first, cancel := context.WithTimeout(ctx, partLimit)
 	err := ask(first, "/v1/version", &alive)
@@ -49,6 +49,9 @@ func (a *Archive) Agent(ctx context.Context, ask Ask, quick bool) {
 	}
 	for _, t := range tables {
 		a.get(ctx, ask, "bpf/"+t+".json", "/v1/bpf/"+t)
+	}
+	for _, p := range more {
+		a.Collect(ctx, partLimit, p)
 	}
 	var db []agent.TableInfo
 	if err := ask(ctx, "/v1/db", &db); err != nil {
