@@ -41,6 +41,7 @@ var rules = []rule{
 	{"internal/state", []string{"internal/model", "internal/reconcile"}, []string{statedb}},
 	{"internal/config", []string{"internal/model"}, []string{"sigs.k8s.io/yaml"}},
 	// Pure stages: never each other, never the API server, BPF or the kernel.
+	{"internal/health", stage, []string{statedb, "golang.org/x/net/", xsys}},
 	{"internal/identity", stage, []string{statedb}},
 	{"internal/ipam", stage, []string{statedb}},
 	{"internal/node", stage, []string{statedb}},
@@ -70,7 +71,7 @@ var rules = []rule{
 var stage = []string{"internal/model", "internal/state", "internal/reconcile"}
 
 // free are packages outside of the layers: the CLI's side and tests' helpers.
-var free = []string{"cmd/lash", "internal/cli", "internal/install", "internal/image", "internal/testutil", "internal/bench", "test", "sandbox", "deploy", "hack"}
+var free = []string{"cmd/lash", "internal/cli", "internal/install", "internal/image", "internal/sysdump", "internal/testutil", "internal/bench", "test", "sandbox", "deploy", "hack"}
 
 type goPackage struct {
 	ImportPath string

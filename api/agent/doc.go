@@ -5,6 +5,8 @@
 //
 //	GET /v1/status            Status
 //	GET /v1/status?why        Status with Why
+//	GET /v1/status?nodes      Status with the health of every node
+//	GET /v1/health            ClusterHealth with every node
 //	GET /v1/endpoints         []model.Endpoint
 //	GET /v1/endpoints/ID      model.Endpoint
 //	GET /v1/endpoints/ID/log  []EndpointChange

@@ -5,6 +5,8 @@ package agent
 import (
 	"net/netip"
 	"time"
+
+	"github.com/lash-net/lash/internal/model"
 )
 
 // States of a Component.
@@ -171,10 +173,13 @@ type BPFMap struct {
 
 // ClusterHealth is "3/3 reachable   (timestamp)"; State is Disabled while nodes do not probe each other.
 type ClusterHealth struct {
-	State     string    `json:"state"`
-	Reachable int       `json:"reachable"`
-	Total     int       `json:"total"`
-	At        time.Time `json:"at,omitzero"`
+	State     string             `json:"state"`
+	Cluster   string             `json:"cluster,omitempty"`
+	Reachable int                `json:"reachable"`
+	Total     int                `json:"total"`
+	At        time.Time          `json:"at,omitzero"`         // of the latest probe
+	Interval  time.Duration      `json:"intervalNanoseconds"` // between two probes of a node
+	Nodes     []model.NodeHealth `json:"nodes,omitempty"`     // by name; in the status, without ?nodes, only the first that fail
 }
 
 // ManagedPods counts the pods of this node that need a network from Lash.

@@ -56,7 +56,7 @@ func (a *agent) facts() server.Facts {
 		IPAM:           a.ipamFact(),
 		Routing:        api.Routing{Network: a.networkRouting(), Host: "Legacy", Reason: a.routing.Reason},
 		IPv4Masquerade: a.cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, IPv6Masquerade: a.cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
-		ClockSource: "jiffies",
+		ClockSource: "jiffies", HealthDaemon: a.healthFact(), ProbeInterval: a.prober.Interval(),
 	}
 	if a.routing.BPF {
 		f.Routing = api.Routing{Network: a.networkRouting(), Host: "BPF"}

@@ -57,11 +57,12 @@ func (a *agent) restoreLocal() {
 		return
 	}
 	// Families may have been switched off since; Local filters what objects say in the same way.
-	n = node.Local(a.nodeCfg, model.Node{Routers: n.Routers}, []state.NodeObject{
+	n = node.Local(a.nodeCfg, model.Node{Routers: n.Routers, Health: n.Health}, []state.NodeObject{
 		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs},
 		{Source: model.SourceCustomResource, Name: a.name, PodCIDRs: n.PodCIDRs},
 	})
-	n.Routers = slices.DeleteFunc(n.Routers, func(r netip.Addr) bool { return !a.nodeCfg.Enabled(r) })
+	off := func(r netip.Addr) bool { return !a.nodeCfg.Enabled(r) }
+	n.Routers, n.Health = slices.DeleteFunc(n.Routers, off), slices.DeleteFunc(n.Health, off)
 	state.Insert(a.tables.DB, a.tables.Local, n)
 }
 
@@ -343,6 +344,13 @@ func (a *agent) publishNode() *state.Task {
 			for _, x := range n.Routers {
 				want.Addresses = append(want.Addresses, v2.NodeAddress{Type: v2.CiliumInternalIP, IP: x.String()})
 			}
+			for _, x := range n.Health {
+				if x.Is4() {
+					want.Health.IPv4 = x.String()
+				} else {
+					want.Health.IPv6 = x.String()
+				}
+			}
 			have, _, exists := a.tables.NodeObjects.Get(txn, state.NodeObjectBySource(model.SourceCustomResource, a.name))
 			cidrs := true
 			if a.cfg.IPAM == node.IPAMKubernetes {
@@ -352,7 +360,8 @@ func (a *agent) publishNode() *state.Task {
 				}
 				cidrs = slices.Equal(have.PodCIDRs, n.PodCIDRs)
 			}
-			if exists && cidrs && have.OwnerUID == own.UID && slices.Equal(have.Addrs, n.Addrs) && slices.Equal(have.Routers, n.Routers) {
+			if exists && cidrs && have.OwnerUID == own.UID && slices.Equal(have.Addrs, n.Addrs) && slices.Equal(have.Routers, n.Routers) &&
+				slices.Equal(have.Health, n.Health) {
 				return nil
 			}
 			return a.api.PublishNode(ctx, want)

@@ -19,6 +19,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
 	"github.com/lash-net/lash/internal/events"
+	"github.com/lash-net/lash/internal/health"
 	"github.com/lash-net/lash/internal/identity"
 	"github.com/lash-net/lash/internal/ipam"
 	"github.com/lash-net/lash/internal/k8s"
@@ -52,6 +53,7 @@ type agent struct {
 	host    *netdev.Host
 	dp      *datapath.Datapath // nil until the node has its addresses
 	eps     *endpoint.Endpoints
+	prober  *health.Prober
 
 	monitoring *monitoring
 	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
@@ -89,6 +91,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	defer a.tables.Stop()
 	a.ipam = ipam.New(cfg.IPAM, cfg.EnableIPv4, cfg.EnableIPv6)
 	a.nodeCfg = nodeConfig(cfg, name)
+	a.prober = health.NewProber(health.Config{Tables: a.tables, Port: uint16(cfg.ClusterHealthPort), Log: log})
 	a.chooseHostRouting()
 	a.monitoring = newMonitoring(cfg)
 	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
@@ -224,6 +227,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	a.task(g, a.markNode())
 	a.task(g, a.announceTunnel(ipcache))
+	a.startHealth(g)
 	if cfg.UnmanagedPodWatcherPeriod > 0 {
 		a.task(g, a.unmanagedPods())
 	}

@@ -91,9 +91,9 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
 	})
 	root.AddGroup(&cobra.Group{ID: "cluster", Title: "Commands for a cluster:"}, &cobra.Group{ID: "node", Title: "Commands for a node:"})
 	root.AddCommand(
-		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(),
+		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.sysdumpCommand(),
 		a.statusCommand(), a.endpointCommand(), a.identityCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.bpfCommand(), a.dbCommand(),
-		a.monitorCommand(), a.configCommand(),
+		a.monitorCommand(), a.healthCommand(), a.configCommand(),
 		a.benchCommand(), a.versionCommand(),
 	)
 	return root

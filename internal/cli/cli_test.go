@@ -167,14 +167,15 @@ func TestCommandsAskTheSocket(t *testing.T) {
 	waiting.Ready, waiting.NotReady = false, "no pod CIDR"
 	table := agent.Table{Name: "routes", Columns: []string{"Destination", "Device"}, Rows: [][]string{{"10.0.0.0/24", "eth0"}}}
 	socket := serve(t, map[string]any{
-		"/v1/status": ready, "/v1/status?why": ready, "/v1/endpoints": []model.Endpoint{{ID: 7, State: "ready"}}, "/v1/endpoints/7": model.Endpoint{ID: 7},
+		"/v1/status": ready, "/v1/status?why": ready, "/v1/status?nodes": ready, "/v1/health": referenceHealth(), "/v1/endpoints": []model.Endpoint{{ID: 7, State: "ready"}}, "/v1/endpoints/7": model.Endpoint{ID: 7},
 		"/v1/ip": []agent.IP{}, "/v1/nodes": []model.Node{}, "/v1/services": []agent.Service{}, "/v1/db": []agent.TableInfo{{Name: "routes", Rows: 1, Complete: true}}, "/v1/db/routes": table,
 		"/v1/bpf/net": table, "/v1/bpf/endpoint": table, "/v1/bpf/ct": table, "/v1/bpf/ipcache": table, "/v1/bpf/lb": table, "/v1/bpf/nat": table, "/v1/bpf/device": table, "/v1/bpf/socket": table, "/v1/bpf/metrics": table,
 		"/v1/version": agent.Version{Version: "0.1.0", Kernel: "6.1"},
 	})
 	for args, want := range map[string]string{
 		"status": "Host Routing:", "status --brief": "OK", "status --why": "services in BPF", "status --verbose": "BPF Maps:", "status -o json": `"node": "n1"`,
-		"endpoint list": "ENDPOINT", "endpoint get 7": `"ID": 7`, "endpoint list -o json": `"State": "ready"`, "ip list": "IDENTITY", "node list": "Endpoint CIDR", "service list": "Frontend",
+		"health status": "(Probe interval: 1m36.566274746s)", "health status --succinct": "lab/nodea (localhost)", "health status -o json": `"reachable": 2`, "health get": "Endpoint connectivity to 10.244.1.193:",
+		"health get nodea -o json": `"Name": "nodea"`, "endpoint list": "ENDPOINT", "endpoint get 7": `"ID": 7`, "endpoint list -o json": `"State": "ready"`, "ip list": "IDENTITY", "node list": "Endpoint CIDR", "service list": "Frontend",
 		"bpf net list": "eth0", "bpf endpoint list": "eth0", "bpf ct list": "eth0", "bpf ipcache list": "eth0", "bpf lb list": "eth0", "bpf nat list": "eth0", "bpf device list": "eth0", "bpf socket list": "eth0", "bpf metrics list": "eth0",
 		"bpf ct list -o json": `"columns"`, "db list": "routes   1      true", "db show routes": "10.0.0.0/24   eth0", "version": "kernel 6.1", "version --client": "Client:",
 	} {

@@ -55,8 +55,11 @@ found, and what would change it.`,
 		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
 			var s agent.Status
 			path := "/v1/status"
-			if why {
+			switch {
+			case why:
 				path += "?why"
+			case verbose || a.output == "json":
+				path += "?nodes"
 			}
 			if err := c.get(ctx, path, &s); err != nil {
 				return err
@@ -187,8 +190,15 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 		table(func(tw io.Writer) { kprDetails(tw, kpr) })
 		table(func(tw io.Writer) { bpfMaps(tw, s.BPFMaps) })
 	}
-	short("Encryption", s.Encryption)
-	clusterHealth(line, s.ClusterHealth)
+	if verbose {
+		table(func(tw io.Writer) {
+			row(tw, "Encryption:", s.Encryption.State)
+			printClusterHealth(tw, s.ClusterHealth, healthVerbose)
+		})
+	} else {
+		short("Encryption", s.Encryption)
+		printClusterHealth(w, s.ClusterHealth, healthFailing)
+	}
 	w.Flush()
 
 	w = columns(out)
@@ -340,14 +350,6 @@ func bpfMaps(w io.Writer, maps []agent.BPFMap) {
 		}
 		row(w, "  "+m.Name, strconv.FormatUint(uint64(m.Size), 10), entries, memory, "")
 	}
-}
-
-func clusterHealth(line func(string, ...string), h agent.ClusterHealth) {
-	if h.State == agent.StateDisabled {
-		line("Cluster health", h.State)
-		return
-	}
-	line("Cluster health", fmt.Sprintf("%d/%d reachable", h.Reachable, h.Total), "("+h.At.UTC().Format(time.RFC3339)+")")
 }
 
 func prefixes(list []netip.Prefix) string {

@@ -22,7 +22,7 @@ var absentValues = map[string]string{
 	"egressGateway": "enabled=false", "bandwidthManager": "enabled=false", "l2announcements": "enabled=false", "bgpControlPlane": "enabled=false",
 	"gatewayAPI": "enabled=false", "ingressController": "enabled=false", "clustermesh": "", "dnsProxy": "", "prometheus": "enabled=false",
 	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false", "ipMasqAgent": "enabled=false",
-	"endpointRoutes": "enabled=false", "endpointHealthChecking": "enabled=false", "healthChecking": "false", "enableIPv4BIGTCP": "false",
+	"endpointRoutes": "enabled=false", "enableIPv4BIGTCP": "false",
 	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
 	"loadBalancer": "", "maglev": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
 	"bpf.tproxy": "false", "bpf.lbExternalClusterIP": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",

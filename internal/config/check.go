@@ -78,6 +78,10 @@ func (c *Config) check() []error {
 	if p := c.AgentHealthPort; p >= int(c.NodePortRange.First) && p <= int(c.NodePortRange.Last) {
 		bad("agent-health-port", "lies in node-port-range %d-%d: choose a port outside of it", c.NodePortRange.First, c.NodePortRange.Last)
 	}
+	inRange("cluster-health-port", c.ClusterHealthPort, 1, 65535)
+	if p := c.ClusterHealthPort; p >= int(c.NodePortRange.First) && p <= int(c.NodePortRange.Last) {
+		bad("cluster-health-port", "lies in node-port-range %d-%d: choose a port outside of it", c.NodePortRange.First, c.NodePortRange.Last)
+	}
 	if _, err := netip.ParseAddrPort(c.OperatorAPIServeAddr); err != nil {
 		bad("operator-api-serve-addr", "must be ADDRESS:PORT, like 127.0.0.1:9234")
 	}

@@ -91,10 +91,11 @@ type Endpoints struct {
 	restored    chan struct{} // closed when the table is complete and requests are served
 	complete    func(statedb.WriteTxn)
 
-	mu    sync.Mutex
-	ids   map[uint16]struct{}
-	last  uint16              // the number given out last: a number rests as long as possible
-	locks map[string]*keyLock // by attachment
+	mu     sync.Mutex
+	ids    map[uint16]struct{}
+	health []netip.Addr        // of the health endpoint of before, reserved
+	last   uint16              // the number given out last: a number rests as long as possible
+	locks  map[string]*keyLock // by attachment
 }
 
 type keyLock struct {
@@ -122,6 +123,9 @@ func (e *Endpoints) Restored() <-chan struct{} { return e.restored }
 
 // hostIfName is the name of the host side: stable, so that a repeated ADD finds it and a DEL needs no memory.
 func hostIfName(containerID, ifname string) string {
+	if containerID == healthContainer {
+		return HealthIfName
+	}
 	sum := sha256.Sum256([]byte(containerID + "/" + ifname))
 	return fmt.Sprintf("lxc%x", sum[:6])
 }
@@ -166,7 +170,7 @@ func (e *Endpoints) Add(ctx context.Context, req *cni.Request, netns *os.File) (
 // create goes through the steps of an ADD in the only order in which no packet flows too early: devices exist, then
 // programs and rows, then the devices are up, then there is a checkpoint. Whatever step fails, remove undoes it.
 func (e *Endpoints) create(ctx context.Context, ep model.Endpoint, netns *os.File) (model.Endpoint, error) {
-	v4, v6, err := e.cfg.Addresses.Allocate(owner(ep))
+	v4, v6, err := e.allocate(ep)
 	if err != nil {
 		return ep, err
 	}
@@ -175,7 +179,7 @@ func (e *Endpoints) create(ctx context.Context, ep model.Endpoint, netns *os.Fil
 		return ep, cni.Errorf(cni.CodeInvalidConfig, "mtu %d is too small for IPv6", ep.Network.MTU).
 			With("use %d or more, or set enable-ipv6 to false", minMTU6)
 	}
-	if e.cfg.Identify != nil {
+	if e.cfg.Identify != nil && !isHealth(ep) {
 		ep.Identity, ep.Labels = e.cfg.Identify(ep)
 	}
 	if ep, err = e.cfg.Devices.CreatePod(ctx, netns, ep, ep.Network); err != nil {
@@ -288,7 +292,7 @@ func (e *Endpoints) GC(ctx context.Context, valid []cni.Attachment) error {
 	var problems []error
 	for ep := range e.cfg.Tables.Endpoints.All(e.cfg.Tables.DB.ReadTxn()) {
 		attachment := cni.Attachment{ContainerID: ep.ContainerID, IfName: ep.ContainerIfName}
-		if _, ok := keep[attachment]; ok || ep.State == model.EndpointCreating {
+		if _, ok := keep[attachment]; ok || ep.State == model.EndpointCreating || isHealth(ep) {
 			continue
 		}
 		if err := e.Delete(ctx, ep.ContainerID, ep.ContainerIfName); err != nil {
@@ -357,6 +361,9 @@ func (e *Endpoints) network(req *cni.Request) (model.PodNetwork, error) {
 }
 
 func owner(ep model.Endpoint) string {
+	if isHealth(ep) {
+		return healthOwner
+	}
 	if ep.Pod == "" {
 		return ep.ContainerID + "/" + ep.ContainerIfName
 	}

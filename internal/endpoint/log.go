@@ -95,7 +95,7 @@ func (l *Log) note(c statedb.Change[model.Endpoint]) {
 		ep.State = "deleted"
 		l.forget(ep.ID)
 	case !known:
-		kind, message = "created", fmt.Sprintf("endpoint of pod %s seen for the first time", ep.PodName())
+		kind, message = "created", seen(ep)
 		l.last[ep.ID] = ep
 	default:
 		message = difference(before, ep)
@@ -112,6 +112,13 @@ func (l *Log) note(c statedb.Change[model.Endpoint]) {
 	if kind != "" && l.changed != nil {
 		l.changed(kind, ep)
 	}
+}
+
+func seen(ep model.Endpoint) string {
+	if isHealth(ep) {
+		return "health endpoint seen for the first time"
+	}
+	return fmt.Sprintf("endpoint of pod %s seen for the first time", ep.PodName())
 }
 
 // forget limits what is remembered of endpoints that are gone.

@@ -45,6 +45,9 @@ func (e *Endpoints) restore(ctx context.Context) error {
 	}
 	e.fill(kept)
 	for _, ep := range gone {
+		if isHealth(ep) { // after the pods, which have precedence, and before requests are answered
+			e.reserveHealth(ep)
+		}
 		if err := e.forget(ctx, ep, links); err != nil {
 			e.cfg.Log.Warn("remains of an endpoint", "endpoint", ep.ID, "interface", ep.IfName, "error", err)
 		}
@@ -61,6 +64,8 @@ func (e *Endpoints) restore(ctx context.Context) error {
 func (e *Endpoints) adopt(ep model.Endpoint, links map[string]int) error {
 	ifindex, ok := links[ep.IfName]
 	switch {
+	case isHealth(ep):
+		return errors.New("it ended with its agent")
 	case !ok:
 		return errors.New("its device is gone")
 	case ifindex != ep.Ifindex:

@@ -163,8 +163,9 @@ func (c *Client) MarkNodeReady(ctx context.Context, name string, s NodeState) er
 // PublishedNode is what a node tells the others by its CiliumNode.
 type PublishedNode struct {
 	Name      string
-	OwnerUID  string            // of its Node, so that the CiliumNode goes with it
-	Addresses []v2.NodeAddress  // replaced as a whole
+	OwnerUID  string           // of its Node, so that the CiliumNode goes with it
+	Addresses []v2.NodeAddress // replaced as a whole
+	Health    v2.HealthAddressing
 	PodCIDRs  []string          // nil: the operator owns them
 	Labels    map[string]string // added
 }
@@ -183,7 +184,7 @@ func (c *Client) PublishNode(ctx context.Context, n PublishedNode) error {
 	if n.OwnerUID != "" {
 		want.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: n.Name, UID: types.UID(n.OwnerUID)}}
 	}
-	want.Spec.Addresses = n.Addresses
+	want.Spec.Addresses, want.Spec.Health = n.Addresses, n.Health
 	if n.PodCIDRs != nil {
 		want.Spec.IPAM.PodCIDRs = n.PodCIDRs
 	}

@@ -93,6 +93,14 @@ func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 			*dst = append(*dst, addr)
 		}
 	}
+	for _, h := range [...]struct{ field, ip string }{{"spec.health.ipv4", n.Spec.Health.IPv4}, {"spec.health.ipv6", n.Spec.Health.IPv6}} {
+		if h.ip == "" {
+			continue
+		}
+		if addr, ok := p.addr(h.field, h.ip); ok {
+			row.Health = append(row.Health, addr)
+		}
+	}
 	for i, s := range n.Spec.IPAM.PodCIDRs {
 		if c, ok := p.cidr(fmt.Sprintf("spec.ipam.podCIDRs[%d]", i), s); ok {
 			row.PodCIDRs = append(row.PodCIDRs, c)

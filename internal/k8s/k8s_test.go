@@ -335,7 +335,7 @@ func TestMarkNodeReadyAndPublish(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.set("/apis/cilium.io/v2/ciliumnodes/n1", `{"apiVersion":"cilium.io/v2","kind":"CiliumNode","metadata":{"name":"n1","resourceVersion":"5"}}`)
-	if err := c.PublishNode(t.Context(), PublishedNode{Name: "n1"}); err != nil {
+	if err := c.PublishNode(t.Context(), PublishedNode{Name: "n1", Health: v2.HealthAddressing{IPv4: "10.0.0.9"}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, tunnel := range []string{"vxlan:8472", ""} {

@@ -20,7 +20,7 @@ const (
 )
 
 // IPCache returns who is behind which prefix, sorted: this node's addresses are the host, other nodes' addresses
-// remote nodes, this node's pods their identities; the API server's addresses are it wherever they are, but on this
+// remote nodes, health endpoints and this node's pods their identities; the API server's addresses are it wherever they are, but on this
 // node; other nodes' pod CIDRs are the world behind that node until a pod is known better (state.Tables.Addresses), and
 // everything else is the world. Of two claims to one prefix this node's wins, then the first by name.
 func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints []model.Endpoint, apiServers []netip.Addr) []state.IPCache {
@@ -67,6 +67,9 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 		}
 		for _, a := range n.Routers {
 			add(single(a), model.IdentityRemoteNode, nodeAddr(n, a), sourceNode)
+		}
+		for _, a := range n.Health {
+			add(single(a), model.IdentityHealth, nodeAddr(n, a), sourceNode)
 		}
 		for _, c := range n.PodCIDRs {
 			add(c.Masked(), model.IdentityWorld, nodeAddr(n, c.Addr()), sourceNode)

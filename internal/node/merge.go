@@ -97,6 +97,7 @@ func Merge(cfg Config, local []model.Node, objects []state.NodeObject, complete 
 		if p.cilium != nil {
 			n.Source = model.SourceCustomResource
 			n.Routers = cfg.addrs(p.cilium.Routers)
+			n.Health = cfg.addrs(p.cilium.Health)
 			n.Tunnel = p.cilium.Tunnel
 			if len(n.Addrs) == 0 {
 				n.Addrs = cfg.addrs(p.cilium.Addrs)

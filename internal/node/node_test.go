@@ -42,7 +42,7 @@ func config() Config {
 func cluster() ([]model.Node, []model.Device) {
 	return []model.Node{
 			{Name: "n1", Addrs: addrs("172.18.0.1", "fd18::1"), PodCIDRs: prefixes("10.0.1.0/24", "fd00::100/120"), Routers: addrs("10.0.1.1", "fd00::101"), Local: true},
-			{Name: "n2", Addrs: addrs("172.18.0.2", "fd18::2"), PodCIDRs: prefixes("10.0.2.0/24", "fd00::200/120"), Routers: addrs("10.0.2.1", "fd00::201")},
+			{Name: "n2", Addrs: addrs("172.18.0.2", "fd18::2"), PodCIDRs: prefixes("10.0.2.0/24", "fd00::200/120"), Routers: addrs("10.0.2.1", "fd00::201"), Health: addrs("10.0.2.9", "fd00::209")},
 			{Name: "n3", Addrs: addrs("192.168.7.3"), PodCIDRs: prefixes("10.0.3.0/24", "fd00::300/120")},
 		}, []model.Device{
 			{Ifindex: 2, Name: "eth0", Addrs: prefixes("172.18.0.1/16", "fd18::1/64"), DirectRouting: true},
@@ -136,6 +136,7 @@ func TestIPCache(t *testing.T) {
 		"10.0.1.9/32 4711 invalid IP",
 		"10.0.2.0/24 2 172.18.0.2",
 		"10.0.2.1/32 6 172.18.0.2",
+		"10.0.2.9/32 4 172.18.0.2",
 		"10.0.3.0/24 2 192.168.7.3",
 		"172.18.0.1/32 1 invalid IP",
 		"172.18.0.2/32 7 invalid IP",
@@ -145,6 +146,7 @@ func TestIPCache(t *testing.T) {
 		"fd00::109/128 4711 invalid IP",
 		"fd00::200/120 2 fd18::2",
 		"fd00::201/128 6 fd18::2",
+		"fd00::209/128 4 fd18::2",
 		"fd00::300/120 2 192.168.7.3",
 		"fd18::1/128 1 invalid IP",
 		"fd18::2/128 6 invalid IP",

@@ -65,6 +65,7 @@ func New(cfg Config) *Server {
 	s.handle("GET /v1/identities/{id}", s.identity)
 	s.handle("GET /v1/nodes", func(*http.Request) (any, error) { return all(s, cfg.Tables.Nodes), nil })
 	s.handle("GET /v1/services", s.services)
+	s.handle("GET /v1/health", s.health)
 	s.handle("GET /v1/bpf/{name}", s.bpf)
 	s.handle("GET /v1/db", s.db)
 	s.handle("GET /v1/db/{table}", s.table)
@@ -183,6 +184,9 @@ func (s *Server) status(r *http.Request) (any, error) {
 	st := Status(s.cfg.Tables, f, time.Now().UTC())
 	if r.URL.Query().Has("why") {
 		st.Why = f.Why
+	}
+	if r.URL.Query().Has("nodes") {
+		st.ClusterHealth = clusterHealth(s.cfg.Tables, s.cfg.Tables.DB.ReadTxn(), f, everyNode)
 	}
 	return st, nil
 }

@@ -34,6 +34,8 @@ type Facts struct {
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
 	Monitor              agent.NodeMonitor
+	HealthDaemon         agent.Component
+	ProbeInterval        time.Duration
 	Why                  []agent.Requirement
 }
 
@@ -62,7 +64,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		CNIConfigFile:    f.CNIConfigFile,
 		NodeMonitor:      nodeMonitor(f.Monitor),
 		Monitor:          f.Monitor,
-		HealthDaemon:     disabled(""),
+		HealthDaemon:     f.HealthDaemon,
 		IPAM:             f.IPAM,
 		IPv4BigTCP:       disabled(""),
 		IPv6BigTCP:       disabled(""),
@@ -76,7 +78,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		Hubble:           disabled(""),
 		BPFMaps:          f.BPFMaps,
 		Encryption:       disabled(""),
-		ClusterHealth:    agent.ClusterHealth{State: agent.StateDisabled},
+		ClusterHealth:    clusterHealth(t, txn, f, unreachableShown),
 		MTU:              f.MTU,
 	}
 	version := f.Version.Version

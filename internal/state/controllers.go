@@ -17,6 +17,9 @@ type Controller = model.Controller
 
 var controllerByName = byString("name", func(r Controller) string { return r.Name })
 
+// ControllerByName finds the health of a loop.
+func ControllerByName(name string) statedb.Query[Controller] { return controllerByName.Query(name) }
+
 func newControllers(db *statedb.DB) (statedb.RWTable[Controller], error) {
 	return statedb.NewTableAny(db, "controllers",
 		func() []string {

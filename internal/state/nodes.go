@@ -19,6 +19,7 @@ type NodeObject struct {
 	OwnerUID  string         // CiliumNode: of the Node it belongs to
 	Addrs     []netip.Addr   // InternalIPs in the object's order
 	Routers   []netip.Addr   // CiliumInternalIPs
+	Health    []netip.Addr   // CiliumNode: of its health endpoint
 	PodCIDRs  []netip.Prefix // in the object's order
 	Tunnel    string         // CiliumNode: v2.TunnelAnnotation
 	Error     string         // CiliumNode: why the operator could not give pod CIDRs
@@ -39,17 +40,17 @@ func NodeObjectBySource(source, name string) statedb.Query[NodeObject] {
 func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 	return statedb.NewTableAny(db, "node-objects",
 		func() []string {
-			return []string{"Source", "Name", "Addresses", "Routers", "PodCIDRs", "Tunnel", "Error"}
+			return []string{"Source", "Name", "Addresses", "Routers", "Health", "PodCIDRs", "Tunnel", "Error"}
 		},
 		func(r NodeObject) []string {
-			return []string{r.Source, r.Name, joined(r.Addrs), joined(r.Routers), joined(r.PodCIDRs), r.Tunnel, r.Error}
+			return []string{r.Source, r.Name, joined(r.Addrs), joined(r.Routers), joined(r.Health), joined(r.PodCIDRs), r.Tunnel, r.Error}
 		}, nodeObjectByKey)
 }
 
 // Equal reports whether nothing that a reader could see differs.
 func (r NodeObject) Equal(o NodeObject) bool {
 	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK &&
-		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
+		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
 }
 
 // Node is a row of the merged nodes.
@@ -67,19 +68,20 @@ func newLocal(db *statedb.DB) (statedb.RWTable[Node], error) { return newNodeTab
 func newNodeTable(db *statedb.DB, name string) (statedb.RWTable[Node], error) {
 	return statedb.NewTableAny(db, name,
 		func() []string {
-			return []string{"Name", "Addresses", "PodCIDRs", "Routers", "Tunnel", "Local", "Source"}
+			return []string{"Name", "Addresses", "PodCIDRs", "Routers", "Health", "Tunnel", "Local", "Source"}
 		},
 		func(r Node) []string {
 			local := ""
 			if r.Local {
 				local = "yes"
 			}
-			return []string{r.Name, joined(r.Addrs), joined(r.PodCIDRs), joined(r.Routers), r.Tunnel, local, r.Source}
+			return []string{r.Name, joined(r.Addrs), joined(r.PodCIDRs), joined(r.Routers), joined(r.Health), r.Tunnel, local, r.Source}
 		}, nodeByName)
 }
 
 // EqualNode compares nodes.
 func EqualNode(a, b Node) bool {
 	return a.Name == b.Name && a.Local == b.Local && a.Source == b.Source && a.Tunnel == b.Tunnel && a.RouteMTU == b.RouteMTU &&
-		slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Routers, b.Routers)
+		slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Routers, b.Routers) &&
+		slices.Equal(a.Health, b.Health)
 }

@@ -35,6 +35,7 @@ type Tables struct {
 	PodIdentities   statedb.RWTable[PodIdentity]    // identity: of the pods of this node
 	CiliumEndpoints statedb.RWTable[CiliumEndpoint] // k8s: pods of all nodes
 
+	NodeHealth  statedb.RWTable[NodeHealth] // health: what probes of nodes have found
 	Controllers statedb.RWTable[Controller] // every loop
 	BadObjects  statedb.RWTable[BadObject]  // k8s: objects that could not be used
 }
@@ -61,6 +62,7 @@ func New() (*Tables, error) {
 		create(db, &t.Identities, newIdentities),
 		create(db, &t.PodIdentities, newPodIdentities),
 		create(db, &t.CiliumEndpoints, newCiliumEndpoints),
+		create(db, &t.NodeHealth, newNodeHealth),
 		create(db, &t.Controllers, newControllers),
 		create(db, &t.BadObjects, newBadObjects),
 	)

@@ -42,6 +42,7 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.Services, Service{Namespace: "a", Name: "b", Ports: []ServicePort{{}}})
 	Insert(tables.DB, tables.Slices, EndpointSlice{Namespace: "a", Name: "b", Ports: []SlicePort{{}}, Endpoints: []SliceEndpoint{{}}})
 	Insert(tables.DB, tables.Frontends, Frontend{Key: model.Frontend{Addr: netip.MustParseAddr("10.0.0.1")}})
+	Insert(tables.DB, tables.NodeHealth, NodeHealth{Name: "n", Paths: []model.HealthPath{{Addr: netip.MustParseAddr("10.0.0.1")}}})
 	Insert(tables.DB, tables.Controllers, Controller{Name: "c"})
 	Insert(tables.DB, tables.BadObjects, BadObject{Kind: "k"})
 	txn := tables.DB.ReadTxn()

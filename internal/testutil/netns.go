@@ -71,3 +71,32 @@ func In(t testing.TB, ns *os.File, command ...string) string {
 	}
 	return string(out)
 }
+
+// Inside runs f on a thread that has entered the namespace: sockets that f makes itself, not in another goroutine, are
+// in it. f must not end the test.
+func Inside(t testing.TB, ns *os.File, f func()) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		defer close(done) // also if f has ended the test
+		runtime.LockOSThread()
+		own, err := os.Open("/proc/thread-self/ns/net")
+		if err == nil {
+			defer own.Close()
+			err = os.NewSyscallError("setns", unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET))
+		}
+		if err != nil {
+			done <- err
+			return
+		}
+		defer func() {
+			if unix.Setns(int(own.Fd()), unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
+		f()
+	}()
+	if err := <-done; err != nil {
+		t.Fatalf("network namespace: %v", err)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 
 	"github.com/lash-net/lash/sandbox/cluster"
 	"github.com/lash-net/lash/sandbox/plan"
@@ -378,6 +379,9 @@ func (w *world) lash() []check {
 			return fmt.Errorf("status says:\n%s", out)
 		}})
 	}
+	for _, n := range w.c.Nodes {
+		list = append(list, check{"lash status on " + n + ": all nodes and health endpoints reachable", func(ctx context.Context) error { return w.allReachable(ctx, n) }})
+	}
 	return append(list, check{"no kube-proxy runs", func(ctx context.Context) error {
 		for _, n := range w.c.Nodes {
 			out, err := w.c.Exec(ctx, n, "sh", "-c", "cat /proc/[0-9]*/comm")
@@ -390,4 +394,44 @@ func (w *world) lash() []check {
 		}
 		return nil
 	}})
+}
+
+// allReachable waits until the node's agent has reached every node and health endpoint in every way.
+func (w *world) allReachable(ctx context.Context, node string) error {
+	if out, err := w.c.Exec(ctx, node, "ip", "link", "show", "lxc_health"); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return until(ctx, 60*time.Second, func(ctx context.Context) error {
+		out, err := w.lashOn(ctx, node, "health", "status", "-o", "json")
+		if err != nil {
+			return err
+		}
+		var h struct {
+			Reachable, Total int
+			Nodes            []struct {
+				Name  string
+				Paths []struct {
+					Endpoint bool
+				}
+			}
+		}
+		if err := json.Unmarshal([]byte(out), &h); err != nil {
+			return err
+		}
+		if h.Reachable != len(w.c.Nodes) || h.Total != len(w.c.Nodes) {
+			return fmt.Errorf("%d of %d nodes reachable, want %d:\n%s", h.Reachable, h.Total, len(w.c.Nodes), out)
+		}
+		for _, n := range h.Nodes {
+			endpoints := 0
+			for _, p := range n.Paths {
+				if p.Endpoint {
+					endpoints++
+				}
+			}
+			if endpoints != 2 {
+				return fmt.Errorf("%s has a health endpoint with %d addresses, want one of each family", n.Name, endpoints)
+			}
+		}
+		return nil
+	})
 }

@@ -85,6 +85,9 @@ func (h history) owner(a netip.Addr) string {
 	return ""
 }
 
+// healthEndpoint is the "pod" of a node's health endpoint, which has neither namespace nor name.
+const healthEndpoint = "/"
+
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // compare lists what is on a node and should not be, and what should be and is not. Each line names the object.
@@ -359,6 +362,7 @@ func parseWanted(list []byte) (wanted, error) {
 				NodeName    string
 				HostNetwork bool
 				Addresses   []struct{ Type, IP string }
+				Health      struct{ IPv4, IPv6 string }
 				IPAM        struct{ PodCIDRs []netip.Prefix }
 				ClusterIPs  []string
 				Ports       []port
@@ -431,6 +435,11 @@ func parseWanted(list []byte) (wanted, error) {
 			}
 		}
 		w.nodes[o.Metadata.Name] = n
+		for _, h := range []string{o.Spec.Health.IPv4, o.Spec.Health.IPv6} {
+			if a := address(h); a.IsValid() {
+				w.pods[a] = podFacts{healthEndpoint, o.Metadata.Name}
+			}
+		}
 	}
 	return w, nil
 }
