@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
@@ -39,9 +37,8 @@ type mode struct {
 var native = mode{}
 
 const (
-	tunnelDevice = "lash_vxlan"
-	tunnelPort   = 8472
-	tunnelMTU    = 1450
+	tunnelPort = 8472
+	tunnelMTU  = 1450
 )
 
 // lashNode is a node with Lash's datapath as its agent would leave it: the same
@@ -115,9 +112,11 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	tunnel := 0
 	if m.tunnel {
 		n.network.RouteMTU = tunnelMTU
-		if tunnel, err = node.addTunnel(); err != nil {
+		made, err := host.EnsureTunnel(netdev.TunnelConfig{Protocol: netdev.VXLAN, Port: tunnelPort, MTU: n.network.MTU})
+		if err != nil {
 			return nil, err
 		}
+		tunnel = made.Ifindex
 	}
 	root := filepath.Join(bpfRoot, "lash-"+node.Name)
 	t.Defer(func() { os.RemoveAll(root) }) // unpins the links, which detaches
@@ -149,7 +148,7 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	}
 	err = node.Do(func() error {
 		if tunnel != 0 {
-			if err := n.datapath.AttachOverlay(tunnel, tunnelDevice); err != nil {
+			if err := n.datapath.AttachOverlay(tunnel, netdev.VXLANDevice); err != nil {
 				return err
 			}
 		}
@@ -190,23 +189,6 @@ func (t *Topology) listen(dp *datapath.Datapath) error {
 		ring.Close()
 	})
 	return nil
-}
-
-// addTunnel makes the tunnel device.
-func (n *Node) addTunnel() (ifindex int, err error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU = tunnelDevice, 1500
-	if err := n.nl.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, FlowBased: true, Port: tunnelPort}); err != nil {
-		return 0, fmt.Errorf("tunnel device: %w", err)
-	}
-	if err := n.SetUp(tunnelDevice); err != nil {
-		return 0, err
-	}
-	l, err := n.Link(tunnelDevice)
-	if err != nil {
-		return 0, err
-	}
-	return l.Attrs().Index, nil
 }
 
 // putIPCache writes what the agent would: nodes, their pods' networks, the world.

@@ -4,6 +4,7 @@ package netdev
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -30,6 +31,17 @@ func ensureTunnel(t *testing.T, h *Host, config TunnelConfig) Tunnel {
 	again, err := h.EnsureTunnel(config)
 	if err != nil || len(again.Changes) != 0 || again.Ifindex != tunnel.Ifindex || again.Name != tunnel.Name {
 		t.Errorf("the second call: %+v, %v; the first: %+v", again, err, tunnel)
+	}
+	if tunnel.Name == "" {
+		return tunnel
+	}
+	if err := h.do(func() error {
+		if on, err := gro(tunnel.Name, unix.ETHTOOL_GGRO, 0); err != nil || on != 0 {
+			return fmt.Errorf("GRO of %s is %d, %v", tunnel.Name, on, err)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 	return tunnel
 }
