@@ -57,6 +57,7 @@ func Ping(ctx context.Context, addr netip.Addr) (time.Duration, error) {
 
 	id := rand.N(1 << 16)
 	var sent [pingAttempts]time.Time
+	problem := errNoReply
 	for seq := range sent {
 		request := icmp.Message{Type: f.request, Body: &icmp.Echo{ID: id, Seq: seq, Data: make([]byte, 8)}}
 		b, err := request.Marshal(nil) // the kernel adds ICMPv6's checksum
@@ -64,11 +65,11 @@ func Ping(ctx context.Context, addr netip.Addr) (time.Duration, error) {
 			return 0, err
 		}
 		sent[seq] = time.Now()
-		if _, err := conn.WriteTo(b, &net.IPAddr{IP: addr.AsSlice()}); err != nil {
-			return 0, ended(ctx, err)
+		if _, err := conn.WriteTo(b, &net.IPAddr{IP: addr.AsSlice()}); err != nil && ctx.Err() == nil {
+			problem = err // of an address that is just being given to the node, say: tried again like a request that is lost
 		}
 		if err := conn.SetReadDeadline(sent[seq].Add(pingTimeout)); err != nil {
-			return 0, ended(ctx, err)
+			return 0, problem // the context has ended
 		}
 		// The socket sees all ICMP of the node.
 		for buf := make([]byte, 1500); ; {
@@ -77,14 +78,14 @@ func Ping(ctx context.Context, addr netip.Addr) (time.Duration, error) {
 				break
 			}
 			if err != nil {
-				return 0, ended(ctx, err)
+				return 0, problem
 			}
 			if echo, ok := echoReply(f, buf[:n]); ok && echo.ID == id && echo.Seq <= seq && sender(from) == addr {
 				return time.Since(sent[echo.Seq]), nil
 			}
 		}
 	}
-	return 0, errNoReply
+	return 0, problem
 }
 
 func echoReply(f family, b []byte) (*icmp.Echo, bool) {

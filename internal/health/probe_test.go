@@ -146,3 +146,18 @@ func TestResponderAnswersHelloOnly(t *testing.T) {
 		t.Error("it listens after it was closed")
 	}
 }
+
+// As after a restart: the prober knows the health endpoint's address before the endpoint is there again.
+func TestPingWaitsForARoute(t *testing.T) {
+	inside(t, func(ns *os.File) {
+		arrived := make(chan struct{})
+		time.AfterFunc(pingTimeout/2, func() {
+			defer close(arrived)
+			testutil.In(t, ns, "ip", "addr", "add", "fd07::7/128", "dev", "lo", "nodad")
+		})
+		if rtt, err := Ping(t.Context(), netip.MustParseAddr("fd07::7")); err != nil || rtt > pingTimeout {
+			t.Errorf("%v, %v", rtt, err)
+		}
+		<-arrived
+	})
+}
