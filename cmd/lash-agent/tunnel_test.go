@@ -156,3 +156,72 @@ func TestModesChangeWithoutAGap(t *testing.T) {
 		}
 	}
 }
+
+// An agent that starts again hears of the others in any order: of a pod before its node, of a Node before its CiliumNode.
+// What its predecessor wrote about them stays as it is until all are known.
+func TestRestartKeepsTheWaysToOthersUntilAllAreKnown(t *testing.T) {
+	p := netip.MustParsePrefix
+	peer := netip.MustParseAddr("172.18.1.0")
+	rows := map[netip.Prefix]model.IPCacheEntry{
+		p("10.0.10.0/24"):  {Identity: model.IdentityWorld, Node: peer, Tunnel: true},
+		p("10.0.10.5/32"):  {Identity: 300, Node: peer, Tunnel: true},
+		p("172.18.1.0/32"): {Identity: model.IdentityRemoteNode, Peer: true},
+	}
+	routes := map[netip.Prefix]model.Route{p("10.0.10.0/24"): {Via: netip.MustParseAddr("10.0.1.1"), Dev: netdev.HostDevice, MTU: 1450}}
+	k := &fakeKernel{rows: maps.Clone(rows), routes: maps.Clone(routes)}
+	cfg := config.Default()
+	tables, err := state.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tables.Stop()
+	a := &agent{cfg: cfg, name: "n1", tables: tables, nodeCfg: nodeConfig(cfg, "n1")}
+	w := tables.DB.WriteTxn(tables.NodeObjects)
+	objectsRead := tables.NodeObjects.RegisterInitializer(w, "test")
+	w.Commit()
+	stages := node.NewStages(tables, a.nodeCfg)
+	marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
+	ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
+	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
+	loop := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
+		Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route], Desired: state.Desired(tables.DB, tables.Routes.ToTable(), state.Route.Split),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	for _, run := range []func(context.Context) error{
+		ipcache.Run, loop.Run,
+		func(ctx context.Context) error { return stages.Nodes.Run(ctx, tables.DB) },
+		func(ctx context.Context) error { return stages.IPCache.Run(ctx, tables.DB) },
+		func(ctx context.Context) error { return stages.Routes.Run(ctx, tables.DB) },
+	} {
+		wg.Go(func() { _ = run(ctx) })
+	}
+	state.Insert(tables.DB, tables.Devices, model.Device{Ifindex: 2, Name: "eth0", Addrs: []netip.Prefix{p("172.18.0.1/16")}, DirectRouting: true})
+	state.Insert(tables.DB, tables.Local, model.Node{Name: "n1", Local: true, Addrs: []netip.Addr{netip.MustParseAddr("172.18.0.1")}, PodCIDRs: []netip.Prefix{p("10.0.1.0/24")}, Routers: []netip.Addr{netip.MustParseAddr("10.0.1.1")}, RouteMTU: 1450})
+	unchanged := func(after string) {
+		t.Helper()
+		time.Sleep(50 * time.Millisecond) // the loops have seen it
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		for prefix, row := range rows {
+			if !datapath.SameIPCache(k.rows[prefix], row) {
+				t.Errorf("after %s, %s is %+v, was %+v", after, prefix, k.rows[prefix], row)
+			}
+		}
+		if r := k.routes[p("10.0.10.0/24")]; !intoTunnel(r) {
+			t.Errorf("after %s, the route is %+v", after, r)
+		}
+	}
+	state.Insert(tables.DB, tables.CiliumEndpoints, state.CiliumEndpoint{Namespace: "default", Name: "pod", Identity: 300, Node: peer, IPv4: netip.MustParseAddr("10.0.10.5")})
+	unchanged("the pod")
+	state.Insert(tables.DB, tables.NodeObjects, state.NodeObject{Source: model.SourceKubernetes, Name: "m0", Addrs: []netip.Addr{peer}})
+	unchanged("the Node")
+	state.Insert(tables.DB, tables.NodeObjects, state.NodeObject{Source: model.SourceCustomResource, Name: "m0", Addrs: []netip.Addr{peer}, PodCIDRs: []netip.Prefix{p("10.0.10.0/24")}, Tunnel: "vxlan:8472"})
+	unchanged("the CiliumNode")
+	w = tables.DB.WriteTxn(tables.NodeObjects)
+	objectsRead(w)
+	w.Commit()
+	unchanged("the list's end")
+}

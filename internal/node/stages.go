@@ -50,7 +50,7 @@ func NewStages(t *state.Tables, cfg Config) Stages {
 			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.TunnelPaths)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.Route {
 				nodes := state.Rows(txn, t.Nodes)
-				if read, _ := t.TunnelPaths.Initialized(txn); !read { // how packets to other nodes' pods go now is not known yet
+				if !othersKnown(t, txn) {
 					nodes = slices.DeleteFunc(nodes, func(n model.Node) bool { return !n.Local })
 				}
 				rows, _ := Routes(cfg, nodes, state.Rows(txn, t.Devices), func(p netip.Prefix) bool {

@@ -100,14 +100,26 @@ func Overlay(cfg Config, nodes []model.Node, devices []model.Device, routed func
 	}
 }
 
+// othersKnown reports whether all is known that the way to other nodes depends on: how packets go there now, and of each
+// node both of its objects. Before that nothing about other nodes is written: what an earlier agent has left is better than a
+// guess, and a loop deletes nothing while a table is incomplete.
+func othersKnown(t *state.Tables, txn statedb.ReadTxn) bool {
+	paths, _ := t.TunnelPaths.Initialized(txn)
+	nodes, _ := t.Nodes.Initialized(txn)
+	return paths && nodes
+}
+
 // DesiredIPCache is the Desired function of the loop over the ipcache: rows, which reads the inputs, and what Overlay
 // says of them.
 func DesiredIPCache(t *state.Tables, cfg Config, rows func(statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry, inputs ...state.Input) func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
 	inputs = append(inputs, state.From(t.Nodes), state.From(t.Devices), state.From(t.TunnelPaths))
 	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
 		r := rows(txn)
-		if read, _ := t.TunnelPaths.Initialized(txn); !read { // how packets to other nodes' pods go now is not known yet
-			maps.DeleteFunc(r, func(_ netip.Prefix, row model.IPCacheEntry) bool { return row.Node.IsValid() })
+		rowsComplete, _ := t.IPCache.Initialized(txn)
+		if !rowsComplete || !othersKnown(t, txn) {
+			maps.DeleteFunc(r, func(_ netip.Prefix, row model.IPCacheEntry) bool {
+				return row.Node.IsValid() || row.Identity == model.IdentityRemoteNode || row.Identity == model.IdentityKubeAPIServer
+			})
 		}
 		Overlay(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), func(p netip.Prefix) bool {
 			path, _, _ := t.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
