@@ -116,8 +116,10 @@ N: eth0@ifN: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state UP g
 			t.Errorf("ip -6 route in the pod lacks %q:\n%s", line, routes6)
 		}
 	}
-	host := shape(testutil.In(t, ns, "ip", "addr", "show", "dev", ep.IfName))
-	host = strings.Replace(host, "state DOWN", "state UP", 1) // ditto
+	var host string
+	for deadline := time.Now().Add(5 * time.Second); !strings.Contains(host, "state UP") && time.Now().Before(deadline); { // ditto
+		host = shape(testutil.In(t, ns, "ip", "addr", "show", "dev", ep.IfName))
+	}
 	const wantHost = `N: lxc0123456789ab@ifN: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state UP group default qlen 1000
     link/ether MAC brd ff:ff:ff:ff:ff:ff link-netnsid N`
 	if diff := cmp.Diff(wantHost, host); diff != "" {
