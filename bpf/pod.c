@@ -2,7 +2,7 @@
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The host side of every pod's veth pair, ingress: what the pod sends. What is sent to the
- * pod has passed another program already (from_container, from_netdev, from_host). */
+ * pod has passed another program already (from_container, from_netdev, from_overlay, from_host). */
 #include "lib/route.h"
 #include "lib/neigh.h"
 
