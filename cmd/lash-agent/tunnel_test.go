@@ -66,6 +66,32 @@ func (t fakeTarget[V]) Delete(_ context.Context, p netip.Prefix) error {
 	return nil
 }
 
+// reconcile runs the stages and loops that make the kernel equal what the agent's tables say, until stop is called.
+func (k *fakeKernel) reconcile(t *testing.T, a *agent) (stop func()) {
+	tables := a.tables
+	stages := node.NewStages(tables, a.nodeCfg)
+	marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
+	ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
+	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
+	routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
+		Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route], Desired: state.Desired(tables.DB, tables.Routes.ToTable(), state.Route.Split),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for _, run := range []func(context.Context) error{
+		ipcache.Run, routes.Run,
+		func(ctx context.Context) error { return stages.Nodes.Run(ctx, tables.DB) },
+		func(ctx context.Context) error { return stages.IPCache.Run(ctx, tables.DB) },
+		func(ctx context.Context) error { return stages.Routes.Run(ctx, tables.DB) },
+	} {
+		wg.Go(func() { _ = run(ctx) })
+	}
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
 // Whatever the mode this node starts in and the others pass to, at no moment do packets find the second half of the way
 // into the tunnel without the first.
 func TestModesChangeWithoutAGap(t *testing.T) {
@@ -85,24 +111,7 @@ func TestModesChangeWithoutAGap(t *testing.T) {
 			w := tables.DB.WriteTxn(tables.NodeObjects)
 			objectsRead := tables.NodeObjects.RegisterInitializer(w, "test")
 			w.Commit()
-			stages := node.NewStages(tables, a.nodeCfg)
-			marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
-			ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
-			ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
-			routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
-				Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route],
-				Desired: state.Desired(tables.DB, tables.Routes.ToTable(), state.Route.Split),
-			})
-			ctx, cancel := context.WithCancel(t.Context())
-			var wg sync.WaitGroup
-			for _, run := range []func(context.Context) error{
-				ipcache.Run, routes.Run,
-				func(ctx context.Context) error { return stages.Nodes.Run(ctx, tables.DB) },
-				func(ctx context.Context) error { return stages.IPCache.Run(ctx, tables.DB) },
-				func(ctx context.Context) error { return stages.Routes.Run(ctx, tables.DB) },
-			} {
-				wg.Go(func() { _ = run(ctx) })
-			}
+			stop := k.reconcile(t, a)
 			addrs := func(s string) []netip.Addr { return []netip.Addr{netip.MustParseAddr(s)} }
 			cidrs := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }
 			state.Insert(tables.DB, tables.Devices, model.Device{Ifindex: 2, Name: "eth0", Addrs: cidrs("172.18.0.1/16"), DirectRouting: true})
@@ -144,8 +153,7 @@ func TestModesChangeWithoutAGap(t *testing.T) {
 			for deadline := time.Now().Add(10 * time.Second); last != "" && time.Now().Before(deadline); last = settled() {
 				time.Sleep(time.Millisecond)
 			}
-			cancel()
-			wg.Wait()
+			stop()
 			tables.Stop()
 			if last != "" {
 				t.Fatalf("seed %d, %s: %s", seed, cfg.RoutingMode, last)
@@ -179,25 +187,7 @@ func TestRestartKeepsTheWaysToOthersUntilAllAreKnown(t *testing.T) {
 	w := tables.DB.WriteTxn(tables.NodeObjects)
 	objectsRead := tables.NodeObjects.RegisterInitializer(w, "test")
 	w.Commit()
-	stages := node.NewStages(tables, a.nodeCfg)
-	marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
-	ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
-	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
-	loop := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
-		Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route], Desired: state.Desired(tables.DB, tables.Routes.ToTable(), state.Route.Split),
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
-	for _, run := range []func(context.Context) error{
-		ipcache.Run, loop.Run,
-		func(ctx context.Context) error { return stages.Nodes.Run(ctx, tables.DB) },
-		func(ctx context.Context) error { return stages.IPCache.Run(ctx, tables.DB) },
-		func(ctx context.Context) error { return stages.Routes.Run(ctx, tables.DB) },
-	} {
-		wg.Go(func() { _ = run(ctx) })
-	}
+	defer k.reconcile(t, a)()
 	state.Insert(tables.DB, tables.Devices, model.Device{Ifindex: 2, Name: "eth0", Addrs: []netip.Prefix{p("172.18.0.1/16")}, DirectRouting: true})
 	state.Insert(tables.DB, tables.Local, model.Node{Name: "n1", Local: true, Addrs: []netip.Addr{netip.MustParseAddr("172.18.0.1")}, PodCIDRs: []netip.Prefix{p("10.0.1.0/24")}, Routers: []netip.Addr{netip.MustParseAddr("10.0.1.1")}, RouteMTU: 1450})
 	unchanged := func(after string) {
