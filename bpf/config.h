@@ -35,6 +35,12 @@ CONFIG(struct addr, router4, "the pods' IPv4 gateway (IPv4-mapped)");
 CONFIG(struct addr, router6, "the pods' IPv6 gateway");
 CONFIG(__u32, snat_min, "first source port for masquerading");
 CONFIG(__u32, snat_max, "last source port for masquerading");
+CONFIG(struct addr, node4, "the node's IPv4 address on the direct device (IPv4-mapped): told apart from services' without a lookup");
+CONFIG(struct addr, node6, "the same for IPv6");
+CONFIG(bool, lb_outside_cluster_ip, "true: packets from outside reach ClusterIPs too");
+CONFIG(bool, lb_refuse, "true: connections to services without backends are refused; false: dropped");
+CONFIG(__u32, maglev_size, "entries of a table of lash_maglev");
+CONFIG(__u64, host_netns, "cookie of the node's network namespace");
 CONFIG(__u32, events_wake, "unread bytes of lash_events after which its reader is woken, a power of two");
 CONFIG(bool, have_set_retval, "bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM");
 

@@ -25,7 +25,7 @@ static __always_inline struct backend *pick(const struct service *svc)
 
 	if (!n)
 		return NULL;
-	key.slot = bpf_get_prandom_u32() % n + 1;
+	key.slot = svc->first + bpf_get_prandom_u32() % n;
 	return bpf_map_lookup_elem(&lash_backends, &key);
 }
 

@@ -7,6 +7,21 @@ package bpf
 // Addr is struct addr: 16 bytes in network order, IPv4 as ::ffff:a.b.c.d.
 type Addr [16]byte
 
+// Affinity is struct affinity, 24 bytes.
+type Affinity struct {
+	Addr Addr
+	Port BE16
+	_    uint16
+	Used uint32
+}
+
+// AffinityKey is struct affinity_key, 24 bytes.
+type AffinityKey struct {
+	Client  Addr
+	Service uint32
+	_       uint32
+}
+
 // Backend is struct backend, 24 bytes.
 type Backend struct {
 	Addr  Addr
@@ -37,7 +52,7 @@ type Captured struct {
 	Version uint16
 }
 
-// Conn is struct conn, 160 bytes.
+// Conn is struct conn, 184 bytes.
 type Conn struct {
 	Orig    ConnDir
 	Reply   ConnDir
@@ -47,7 +62,10 @@ type Conn struct {
 	State   uint8
 	Expires uint32
 	Created uint32
-	_       uint32
+	Service uint32
+	ToAddr  Addr
+	ToPort  BE16
+	_       [6]uint8
 }
 
 // ConnDir is struct conn_dir, 64 bytes.
@@ -187,6 +205,14 @@ type MAC struct {
 	B [6]uint8
 }
 
+// MemberKey is struct member_key, 24 bytes.
+type MemberKey struct {
+	Service uint32
+	Addr    Addr
+	Port    BE16
+	_       [2]uint8
+}
+
 // Message is struct message, 8 bytes.
 type Message struct {
 	Type    uint8
@@ -206,7 +232,7 @@ type Runtime struct {
 	_           uint32
 }
 
-// Scratch is struct scratch, 688 bytes.
+// Scratch is struct scratch, 712 bytes.
 type Scratch struct {
 	Conn        Conn
 	Key         ConnKey
@@ -225,12 +251,14 @@ type Scratch struct {
 	Node        BE32
 }
 
-// Service is struct service, 16 bytes.
+// Service is struct service, 24 bytes.
 type Service struct {
-	ID    uint32
-	Count uint32
-	Flags uint32
-	_     uint32
+	ID       uint32
+	Count    uint32
+	First    uint32
+	Local    uint32
+	Affinity uint32
+	Flags    uint32
 }
 
 // ServiceKey is struct service_key, 24 bytes.
@@ -238,8 +266,23 @@ type ServiceKey struct {
 	Addr  Addr
 	Port  BE16
 	Proto uint8
-	Scope uint8
-	_     uint32
+	_     [5]uint8
+}
+
+// SockPin is struct sock_pin, 24 bytes.
+type SockPin struct {
+	Addr    Addr
+	Port    BE16
+	_       uint16
+	Service uint32
+}
+
+// SockPinKey is struct sock_pin_key, 32 bytes.
+type SockPinKey struct {
+	Cookie uint64
+	Addr   Addr
+	Port   BE16
+	_      [6]uint8
 }
 
 // SockRev is struct sock_rev, 24 bytes.
@@ -256,6 +299,13 @@ type SockRevKey struct {
 	Addr   Addr
 	Port   BE16
 	_      [6]uint8
+}
+
+// SourceRangeKey is struct source_range_key, 24 bytes.
+type SourceRangeKey struct {
+	Prefixlen uint32
+	Service   uint32
+	Addr      Addr
 }
 
 // TraceNotify is struct trace_notify, 48 bytes.
@@ -315,6 +365,8 @@ const (
 	ConnInitiatorHi = 1
 	ConnNAT         = 2
 	ConnNoNAT       = 4
+	ConnDNAT        = 8
+	ConnDSR         = 16
 )
 
 // enum conn_in.
@@ -357,6 +409,7 @@ const (
 	DirTTL   = 1
 	DirToNAT = 2
 	DirNoNAT = 4
+	DirDSR   = 8
 )
 
 // enum drop_reason.
@@ -371,21 +424,25 @@ const (
 	DropUnroutable      = 151
 	DropCTInsert        = 155
 	DropIPv6Extension   = 156
+	DropNoService       = 158
 	DropNATExhausted    = 167
 	DropNATProto        = 168
 	DropFIB             = 169
 	DropInvalidIdentity = 171
 	DropUnknownSender   = 172
+	DropClusterIP       = 174
 	DropNoFragment      = 175
 	DropICMPv6          = 176
 	DropUnsupportedL2   = 166
+	DropSourceRange     = 177
 	DropVLAN            = 182
 	DropNoEndpoint      = 203
 )
 
 // enum endpoint_flags.
 const (
-	EndpointHost = 1
+	EndpointHost     = 1
+	EndpointNodePort = 2
 )
 
 // enum event_switches.
@@ -419,6 +476,19 @@ const (
 	FileNeigh   = 9
 	FileRoute   = 10
 	FileOverlay = 11
+	FileLB      = 12
+	FileReject  = 13
+)
+
+// enum frontend_flags.
+const (
+	FrontendOutside  = 1
+	FrontendLocalOut = 2
+	FrontendLocalIn  = 4
+	FrontendRanges   = 8
+	FrontendMaglev   = 16
+	FrontendDSR      = 32
+	FrontendAddress  = 64
 )
 
 // enum hook.
@@ -447,6 +517,19 @@ const (
 	IPCachePeer   = 2
 )
 
+// enum member_state.
+const (
+	MemberKeeps  = 0
+	MemberActive = 1
+)
+
+// enum port_use.
+const (
+	PortFrontend = 1
+	PortBackend  = 2
+	PortNode     = 4
+)
+
 // enum report.
 const (
 	ReportFlags = 255
@@ -472,7 +555,9 @@ const (
 	SlowNeighbour  = 13
 	SlowMasquerade = 14
 	SlowReport     = 15
-	CountRows      = 16
+	SlowRefused    = 16
+	SlowEcho       = 17
+	CountRows      = 18
 )
 
 // enum trace_flags.
@@ -538,10 +623,18 @@ type Constants struct {
 	HostIfindex uint32 `cfg:"cfg_host_ifindex"`
 	// MAC address of lash_host, first byte lowest.
 	HostMAC uint64 `cfg:"cfg_host_mac"`
+	// cookie of the node's network namespace.
+	HostNetns uint64 `cfg:"cfg_host_netns"`
 	// true: BPF host routing; false: legacy, remote packets go through the host's stack.
 	HostRouting bool `cfg:"cfg_host_routing"`
 	// kernel ticks a second (CONFIG_HZ), the unit of every deadline.
 	HZ uint32 `cfg:"cfg_hz"`
+	// true: packets from outside reach ClusterIPs too.
+	LBOutsideClusterIP bool `cfg:"cfg_lb_outside_cluster_ip"`
+	// true: connections to services without backends are refused; false: dropped.
+	LBRefuse bool `cfg:"cfg_lb_refuse"`
+	// entries of a table of lash_maglev.
+	MaglevSize uint32 `cfg:"cfg_maglev_size"`
 	// SNAT of pods' IPv4 traffic that leaves the cluster.
 	Masquerade4 bool `cfg:"cfg_masquerade4"`
 	// SNAT of pods' IPv6 traffic that leaves the cluster.
@@ -554,6 +647,10 @@ type Constants struct {
 	Native6Mask Addr `cfg:"cfg_native6_mask"`
 	// IPv6 native routing CIDR, never masqueraded.
 	Native6Net Addr `cfg:"cfg_native6_net"`
+	// the node's IPv4 address on the direct device (IPv4-mapped): told apart from services' without a lookup.
+	Node4 Addr `cfg:"cfg_node4"`
+	// the same for IPv6.
+	Node6 Addr `cfg:"cfg_node6"`
 	// ifindex of the tunnel device; 0: there is none.
 	OverlayIfindex uint32 `cfg:"cfg_overlay_ifindex"`
 	// its mask; all zero: not set, every address is looked up.
@@ -578,6 +675,7 @@ type Constants struct {
 
 // Maps are the names of all maps, as pinned.
 var Maps = []string{
+	"lash_affinity",
 	"lash_backends",
 	"lash_conn",
 	"lash_counts",
@@ -589,11 +687,16 @@ var Maps = []string{
 	"lash_frags",
 	"lash_ifaces",
 	"lash_ipcache",
+	"lash_maglev",
+	"lash_members",
 	"lash_nat",
+	"lash_ports",
 	"lash_runtime",
 	"lash_scratch",
 	"lash_services",
+	"lash_sock_pin",
 	"lash_sock_rev",
+	"lash_source_ranges",
 }
 
 // Programs are all programs, by the object that has them.

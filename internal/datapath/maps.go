@@ -202,7 +202,7 @@ func (t ipcache) Delete(_ context.Context, p netip.Prefix) error {
 type services struct{ d *Datapath }
 
 func serviceKey(f model.Frontend) bpf.ServiceKey {
-	return bpf.ServiceKey{Addr: bpf.AddrFrom(f.Addr), Port: bpf.ToBE16(f.Port), Proto: f.Proto, Scope: f.Scope}
+	return bpf.ServiceKey{Addr: bpf.AddrFrom(f.Addr), Port: bpf.ToBE16(f.Port), Proto: f.Proto}
 }
 
 // active are the backends that new connections may go to.
@@ -227,7 +227,7 @@ func (t services) List(context.Context) (map[model.Frontend]model.FrontendEntry,
 	}
 	rows := map[model.Frontend]model.FrontendEntry{}
 	err := list(t.d.maps["lash_services"], "lash_services", func(k bpf.ServiceKey, v bpf.Service) {
-		f := model.Frontend{Addr: k.Addr.Addr(), L4: model.L4{Proto: k.Proto, Port: k.Port.Host()}, Scope: k.Scope}
+		f := model.Frontend{Addr: k.Addr.Addr(), L4: model.L4{Proto: k.Proto, Port: k.Port.Host()}}
 		e := model.FrontendEntry{ID: v.ID, Type: model.TypeClusterIP}
 		for slot := uint32(1); slot <= v.Count; slot++ {
 			b, ok := slots[bpf.BackendKey{Service: v.ID, Slot: slot}]
@@ -257,7 +257,7 @@ func (t services) Put(_ context.Context, f model.Frontend, e model.FrontendEntry
 			return fmt.Errorf("service %s, backend %s: %w", f, b, err)
 		}
 	}
-	if err := t.d.maps["lash_services"].Put(key, &bpf.Service{ID: e.ID, Count: uint32(len(backends))}); err != nil {
+	if err := t.d.maps["lash_services"].Put(key, &bpf.Service{ID: e.ID, Count: uint32(len(backends)), First: 1}); err != nil {
 		return fmt.Errorf("service %s: %w", f, err)
 	}
 	from := uint32(len(backends)) + 1
