@@ -573,8 +573,14 @@ struct scratch {
 	__u8 plan[176];          /* struct plan */
 	__u8 tuple[40];          /* struct bpf_sock_tuple */
 	__u8 inner[48];          /* struct inner */
+	struct service_key frontend;
+	struct affinity_key client;
+	struct affinity affinity;
+	struct member_key member;
+	struct source_range_key range;
 	struct ipcache_key prefix;
 	__u32 tell;              /* enum trace_reason */
+	__u32 why;               /* enum slow_reason, of the packet in pkt */
 	/* Of an event: both ends, and where the tunnel leads (the last four bytes). */
 	__u32 src_identity, dst_identity;
 	__u16 src_id, dst_id;

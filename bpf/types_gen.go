@@ -232,7 +232,7 @@ type Runtime struct {
 	_           uint32
 }
 
-// Scratch is struct scratch, 712 bytes.
+// Scratch is struct scratch, 840 bytes.
 type Scratch struct {
 	Conn        Conn
 	Key         ConnKey
@@ -242,13 +242,20 @@ type Scratch struct {
 	Plan        [176]uint8
 	Tuple       [40]uint8
 	Inner       [48]uint8
+	Frontend    ServiceKey
+	Client      AffinityKey
+	Affinity    Affinity
+	Member      MemberKey
+	Range       SourceRangeKey
 	Prefix      IPCacheKey
 	Tell        uint32
+	Why         uint32
 	SrcIdentity uint32
 	DstIdentity uint32
 	SrcID       uint16
 	DstID       uint16
 	Node        BE32
+	_           [4]byte
 }
 
 // Service is struct service, 24 bytes.
@@ -436,6 +443,7 @@ const (
 	DropUnsupportedL2   = 166
 	DropSourceRange     = 177
 	DropVLAN            = 182
+	DropTTL             = 196
 	DropNoEndpoint      = 203
 )
 

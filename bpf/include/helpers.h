@@ -39,6 +39,8 @@
 #define bpf_ntohs bpf_htons
 #define bpf_ntohl bpf_htonl
 
+#define PACKET_HOST 0 /* skb->pkt_type: for this node's MAC address */
+
 /* Values of TC and tcx verdicts; tcx took tc's numbers (Debian 12's UAPI lacks the former). */
 enum {
 	VERDICT_NEXT     = -1,

@@ -31,6 +31,7 @@ enum drop_reason {
 	DROP_UNSUPPORTED_L2  = 166, /* Unsupported L2 protocol */
 	DROP_SOURCE_RANGE    = 177, /* Denied by LB src range check */
 	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
+	DROP_TTL             = 196, /* TTL exceeded */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
 };
 

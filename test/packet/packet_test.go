@@ -12,6 +12,7 @@ import (
 
 	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
+	"github.com/lash-net/lash/internal/model"
 )
 
 // want is what must become of a packet.
@@ -57,9 +58,11 @@ type step struct {
 }
 
 // Hooks with their devices.
-func fromA(f []byte) input   { return input{program: "from_container", ifindex: ifA, frame: f} }
-func fromB(f []byte) input   { return input{program: "from_container", ifindex: ifB, frame: f} }
-func netdev(f []byte) input  { return input{program: "from_netdev", ifindex: ifEth0, frame: f} }
+func fromA(f []byte) input { return input{program: "from_container", ifindex: ifA, frame: f} }
+func fromB(f []byte) input { return input{program: "from_container", ifindex: ifB, frame: f} }
+func netdev(f []byte) input {
+	return input{program: "from_netdev", ifindex: ifEth0, frame: addressed(f, mac(ifEth0))}
+}
 func leaving(f []byte) input { return input{program: "to_netdev", ifindex: ifEth0, frame: f} }
 func overlay(f []byte) input {
 	return input{program: "from_overlay", ifindex: ifOverlay, frame: f}
@@ -83,6 +86,15 @@ var configs = map[string]func(*datapath.Config){
 	"one port":          func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
 	"two connections":   func(c *datapath.Config) { c.ConnMax = 2 },
 	"without lash_host": func(c *datapath.Config) { c.HostIfindex = 4000 },
+}
+
+// addressed is the frame with a destination's MAC address.
+func addressed(frame []byte, to model.MAC) []byte {
+	out := append([]byte(nil), frame...)
+	if len(out) >= len(to) {
+		copy(out, to[:])
+	}
+	return out
 }
 
 // answer turns a frame round: both addresses and ports change sides, an echo becomes its reply.
