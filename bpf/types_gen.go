@@ -373,6 +373,7 @@ const (
 	ConnNAT         = 2
 	ConnNoNAT       = 4
 	ConnDNAT        = 8
+	ConnClaimed     = 32
 	ConnDSR         = 16
 )
 

@@ -265,14 +265,7 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 /* lb_claim gives a service's connection its translated tuple: on address nat, or on the client's own. Once. */
 static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k, struct conn *c, struct addr *nat)
 {
-	int err;
-
-	if (c->flags & (CONN_NAT | CONN_NO_NAT))
-		return 0;
-	err = nat_claim(skb, p, k, c, nat);
-	if (!err && !(c->flags & CONN_NAT))
-		c->flags |= CONN_NO_NAT;
-	return err;
+	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, k, c, nat);
 }
 
 /* to_client sends a backend's answer on to the client outside whose connection came in here. */

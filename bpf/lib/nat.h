@@ -271,6 +271,7 @@ __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *
 			if (bpf_map_update_elem(&lash_nat, nk, k, BPF_ANY))
 				continue;
 		}
+		c->flags |= CONN_CLAIMED;
 		if (own && port == p->sport)
 			return 0;
 		c->nat_addr = *nat;

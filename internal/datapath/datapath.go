@@ -155,6 +155,8 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
 		HaveSetRetval:  d.features.SetRetval,
+		LBRefuse:       true,
+		MaglevSize:     16381,
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 	}
 	for i, b := range d.cfg.HostMAC {

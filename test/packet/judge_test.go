@@ -197,11 +197,20 @@ func judgeRedirect(in input, out outcome, before, after *header) error {
 	return nil
 }
 
-// judgeAddresses: only masquerading changes addresses and ports, and only there.
+// judgeAddresses: only masquerading changes addresses and ports, and only there, unless there are services.
 func judgeAddresses(in input, out outcome, before, after *header) error {
 	f := families[0]
 	if before.v6 {
 		f = families[1]
+	}
+	if in.serving {
+		if !slices.Contains([]netip.Addr{before.src, f.node, f.router, vip(f)}, after.src) {
+			return fmt.Errorf("source %s became %s", before.src, after.src)
+		}
+		if !slices.Contains([]netip.Addr{before.dst, f.node, f.router, f.a, f.b, f.far, f.cold, f.outside}, after.dst) {
+			return fmt.Errorf("destination %s became %s", before.dst, after.dst)
+		}
+		return nil
 	}
 	if after.src != before.src {
 		leaves := in.program == "to_netdev" || in.program == "from_container" && (out.action == bpf.ActionEgress || out.action == bpf.ActionNeigh || out.action == bpf.ActionHost && before.icmpError)

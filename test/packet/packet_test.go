@@ -141,6 +141,7 @@ func runTests(t *testing.T, tests []test) {
 				}
 				p := n.load(t, config)
 				p.forget(t)
+				p.unserve(t)
 				var last []byte
 				for i, s := range steps {
 					if !t.Run(fmt.Sprint(i+1), func(t *testing.T) { last = p.step(t, s, last) }) {
@@ -166,7 +167,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 	}
 	in := s.at(raw)
 	in.gso, in.summed = s.gso, p.sums && read(raw) != nil
-	in.mark = 0x80000001
+	in.mark, in.serving = 0x80000001, p.serving
 	out, err := p.run(in)
 	if err != nil {
 		t.Fatalf("%v\nin %x", err, in.frame)
