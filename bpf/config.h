@@ -19,6 +19,7 @@ CONFIG(__u32, host_ifindex, "ifindex of lash_host");
 CONFIG(__u64, host_mac, "MAC address of lash_host, first byte lowest");
 CONFIG(__u32, direct_ifindex, "device that routes to other nodes, used where the kernel's FIB answer names none");
 CONFIG(__u32, overlay_ifindex, "ifindex of the tunnel device; 0: there is none");
+CONFIG(__u32, tunnel_mtu, "bytes that a packet in the tunnel may have");
 CONFIG(__u32, tunnel_port, "UDP port of the tunnel");
 CONFIG(bool, host_routing, "true: BPF host routing; false: legacy, remote packets go through the host's stack");
 CONFIG(bool, masquerade4, "SNAT of pods' IPv4 traffic that leaves the cluster");
@@ -39,6 +40,7 @@ CONFIG(struct addr, node4, "the node's IPv4 address on the direct device (IPv4-m
 CONFIG(struct addr, node6, "the same for IPv6");
 CONFIG(bool, lb_outside_cluster_ip, "true: packets from outside reach ClusterIPs too");
 CONFIG(bool, lb_refuse, "true: connections to services without backends are refused; false: dropped");
+CONFIG(bool, dsr, "true: nodes tell each other the frontend of a connection in an IP option, and it is believed");
 CONFIG(__u32, maglev_size, "entries of a table of lash_maglev");
 CONFIG(__u64, host_netns, "cookie of the node's network namespace");
 CONFIG(__u32, events_wake, "unread bytes of lash_events after which its reader is woken, a power of two");

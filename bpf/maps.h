@@ -216,7 +216,8 @@ enum conn_flags {
 	CONN_NO_NAT       = 4,   /* masquerading was considered and does not apply */
 	CONN_DNAT         = 8,   /* the responder, a frontend, becomes to_addr:to_port; lash_nat leads back here */
 	CONN_CLAIMED      = 32,  /* the translated tuple is this connection's: lash_nat has its row */
-	CONN_DSR          = 16,  /* the initiator asked for the frontend to_addr:to_port, which another node sent on */
+	CONN_DSR          = 16,  /* with CONN_DNAT: the backend answers the client itself; without: the initiator asked
+	                          * for the frontend to_addr:to_port, which another node sent on */
 };
 
 enum conn_state {

@@ -5,7 +5,7 @@
  * straight into them, those for services to a backend, and answers to translated
  * connections become what their client knows. to_netdev (egress): masquerading of pods'
  * packets that came through the stack, and answers of the node itself as a backend. */
-#include "lib/lb.h"
+#include "lib/dsr.h"
 
 #define FILE_ID FILE_NETDEV
 
@@ -88,7 +88,7 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		return met;
 	c = met == MET_NOTHING ? NULL : bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	/* With legacy host routing the stack has it, but for what services translate. */
-	if (!cfg_host_routing && !(c && (c->flags & CONN_DNAT)))
+	if (!cfg_host_routing && !direct(p, c))
 		return VERDICT_OK;
 	if (!c) {
 		met = conn_meet(skb, MEET_OPEN);
@@ -98,18 +98,20 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		if (!c)
 			return DROP(p, DROP_CT_INSERT);
 	}
-	return into_pod(skb, p, c, ep, met);
+	err = dsr_note(skb, p, c);
+	return err ? err : into_pod(skb, p, c, ep, met);
 }
 
 /* to_backend sends a connection from outside on to its backend on another node: from this
- * node's address there, so that the answer comes back here. p is addressed to the backend. */
+ * node's address, so that the answer comes back here, or as it is, with the frontend's name,
+ * so that the backend's node answers. p is addressed to the backend. */
 static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u32 why)
 {
 	__u32 epoch = current_epoch(), zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct ipcache_entry *remote;
 	struct conn_dir *forth;
-	struct device *dev;
+	struct device *dev = NULL;
 	struct addr nat;
 	struct hop *hop;
 	int action, err;
@@ -136,9 +138,22 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 		nat = p->v6 ? dev->ip6 : dev->ip4;
 		decide_egress(forth, IN_NETDEV, hop, 0);
 	}
-	err = lb_claim(skb, p, &scratch->key, c, &nat);
-	if (err)
-		return err;
+	if (!(c->flags & (CONN_CLAIMED | CONN_DSR)) && cfg_dsr && lb_direct(scratch, c) &&
+	    dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
+		c->flags |= CONN_DSR;
+	if (!(c->flags & CONN_DSR)) {
+		err = lb_claim(skb, p, &scratch->key, c, &nat);
+		if (err)
+			return err;
+	} else {
+		__be16 port;
+		const struct addr *frontend = conn_responder(c, &scratch->key, &port);
+
+		forth->deadline = ticks() + cfg_hz;
+		if ((p->proto != IPPROTO_TCP || tcp_opens(p)) && dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu) &&
+		    dsr_write(skb, p, frontend, port))
+			return DROP(p, DROP_WRITE);
+	}
 	forth->flags |= nat_flags(c, true);
 	conn_see(c, &c->orig, p, true, skb->len, ticks());
 	count(HOOK_NETDEV, action == ACTION_NEIGH ? SLOW_NEIGHBOUR : why, skb->len);

@@ -3,7 +3,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The tunnel device, ingress: what other nodes send encapsulated, decapsulated by the
  * kernel. The VNI is the sender's identity. */
-#include "lib/lb.h"
+#include "lib/dsr.h"
 
 #define FILE_ID FILE_OVERLAY
 
@@ -64,7 +64,7 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	ep = endpoint_of(&p->dst); /* of a service's connection, the client */
 	if (!ep)
 		return c ? to_client(skb, p, HOOK_OVERLAY, c, why) : DROP(p, DROP_UNROUTABLE);
-	if (!cfg_host_routing && !(ep->flags & ENDPOINT_HOST) && !(c && (c->flags & CONN_DNAT))) {
+	if (!cfg_host_routing && !(ep->flags & ENDPOINT_HOST) && !direct(p, c)) {
 		/* The stack routes it to lash_host, where the connection is kept. */
 		count(HOOK_OVERLAY, why, skb->len);
 		action = to_host(skb, p);
@@ -79,6 +79,9 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 			return DROP(p, DROP_CT_INSERT);
 	}
 	orig = met == MET_ORIG;
+	err = dsr_note(skb, p, c);
+	if (err)
+		return err;
 
 	/* Ingress policy comes in here. */
 
@@ -92,7 +95,7 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 		decide_pod(forth, IN_OVERLAY, ep, DIR_TTL);
 		decide_tunnel(back, ep->ifindex, &node, ep->identity);
 	}
-	if (c->flags & CONN_DNAT) {
+	if (c->flags & CONN_DNAT) { /* of CONN_DSR, answers do not go by the tunnel */
 		forth->flags |= nat_flags(c, orig);
 		back->flags |= nat_flags(c, !orig);
 	}

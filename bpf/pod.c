@@ -40,7 +40,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 	action = route(skb, p, false, &plan->hop, &plan->why);
 	if (action < 0)
 		return action;
-	if (!cfg_host_routing && !(c->flags & CONN_DNAT) && !(p->flags & PKT_TRANSLATED)) {
+	if (!cfg_host_routing && !(c->flags & (CONN_DNAT | CONN_DSR)) && !(p->flags & PKT_TRANSLATED)) {
 		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
 		return ACTION_HOST;
 	}

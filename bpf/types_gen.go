@@ -486,7 +486,7 @@ const (
 	FileRoute   = 10
 	FileOverlay = 11
 	FileLB      = 12
-	FileReject  = 13
+	FileDSR     = 13
 )
 
 // enum frontend_flags.
@@ -517,6 +517,7 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityApiserver  = 7
 	IdentityLocal      = 16777216
 )
 
@@ -624,6 +625,8 @@ type Constants struct {
 	CTTCPTicks uint32 `cfg:"cfg_ct_tcp_ticks"`
 	// device that routes to other nodes, used where the kernel's FIB answer names none.
 	DirectIfindex uint32 `cfg:"cfg_direct_ifindex"`
+	// true: nodes tell each other the frontend of a connection in an IP option, and it is believed.
+	DSR bool `cfg:"cfg_dsr"`
 	// unread bytes of lash_events after which its reader is woken, a power of two.
 	EventsWake uint32 `cfg:"cfg_events_wake"`
 	// bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM.
@@ -678,6 +681,8 @@ type Constants struct {
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// bytes that a packet in the tunnel may have.
+	TunnelMTU uint32 `cfg:"cfg_tunnel_mtu"`
 	// UDP port of the tunnel.
 	TunnelPort uint32 `cfg:"cfg_tunnel_port"`
 }

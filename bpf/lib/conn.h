@@ -113,6 +113,8 @@ static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 		return cfg_ct_close_ticks;
 	if (!(c->state & STATE_REPLIED))
 		return cfg_ct_syn_ticks;
+	if ((c->flags & CONN_DSR) && (c->state & STATE_FIN_BOTH))
+		return cfg_ct_syn_ticks; /* the other side's does not come by here */
 	return cfg_ct_tcp_ticks;
 }
 
@@ -120,7 +122,7 @@ static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const struct pkt *p,
 				     bool orig, __u32 len, __u32 now)
 {
-	if (!orig && !(c->state & STATE_REPLIED))
+	if (!(c->state & STATE_REPLIED) && (!orig || ((c->flags & CONN_DSR) && (p->tcp & TCP_ACK))))
 		c->state |= STATE_REPLIED;
 	if (unlikely(p->tcp & (TCP_FIN | TCP_RST))) {
 		if (p->tcp & TCP_RST)

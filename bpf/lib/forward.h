@@ -102,13 +102,22 @@ static __always_inline int tunnel_sender(struct __sk_buff *skb, struct addr *nod
 	return 0;
 }
 
-/* sent_by: the packet from the tunnel comes from the node that d leads to. */
-static __noinline bool sent_by(struct __sk_buff *skb, const struct conn_dir *d)
+/* sent_by: the packet from the tunnel comes from the node that the other direction leads to; where that
+ * leads to a client outside, from any node. */
+static __noinline bool sent_by(struct __sk_buff *skb, struct conn *c, bool orig)
 {
+	const struct conn_dir *back = orig ? &c->reply : &c->orig;
+	struct ipcache_entry *e;
 	struct addr node;
 	__u32 vni;
 
-	return d->action == ACTION_TUNNEL && !tunnel_sender(skb, &node, &vni) && addr_equal(&node, &d->node);
+	if (tunnel_sender(skb, &node, &vni))
+		return false;
+	if (c->flags & CONN_DSR) {
+		e = ipcache_of(&node);
+		return e && (e->flags & IPCACHE_PEER);
+	}
+	return back->action == ACTION_TUNNEL && addr_equal(&node, &back->node);
 }
 
 /* carry_out rewrites and sends a packet as decided, and tells about it as conn_tell found:
@@ -217,7 +226,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
-	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, orig ? &c->reply : &c->orig))) {
+	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, c, orig))) {
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
@@ -226,7 +235,8 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_DEADLINE;
 		return NOT_FAST;
 	}
-	if (unlikely(tcp_opens(p) && conn_closed(c))) {
+	/* A SYN opens the connection anew, or takes along which frontend it is for. */
+	if (unlikely(tcp_opens(p) && (conn_closed(c) || (c->flags & CONN_DSR)))) {
 		*why = SLOW_REOPENED;
 		return NOT_FAST;
 	}

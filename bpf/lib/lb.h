@@ -268,6 +268,23 @@ static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct
 	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, k, c, nat);
 }
 
+/* lb_direct: the connection's frontend, under its key in scratch, has backends answer by themselves. */
+static __always_inline bool lb_direct(struct scratch *scratch, const struct conn *c)
+{
+	struct service *svc;
+	struct addr any = {};
+	__be16 port;
+	const struct addr *frontend = conn_responder(c, &scratch->key, &port);
+
+	svc = frontend_row(&scratch->frontend, frontend, port, scratch->key.proto);
+	if (!svc) {
+		if (addr_is4(frontend))
+			addr_from4(&any, 0);
+		svc = frontend_row(&scratch->frontend, &any, port, scratch->key.proto);
+	}
+	return svc && (svc->flags & FRONTEND_DSR);
+}
+
 /* to_client sends a backend's answer on to the client outside whose connection came in here. */
 static __noinline int to_client(struct __sk_buff *skb, struct pkt *p, const enum hook hook, struct conn *c, __u32 why)
 {

@@ -10,7 +10,7 @@
 #define FILE_ID FILE_NAT
 
 enum identity {
-	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6,
+	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6, IDENTITY_APISERVER = 7,
 	IDENTITY_LOCAL = 1 << 24, /* from here on this node's own: CIDRs outside of the cluster */
 };
 
@@ -142,7 +142,7 @@ static __always_inline __u8 nat_flags(const struct conn *c, bool orig)
 {
 	if (c->flags & (CONN_NAT | CONN_DNAT))
 		return orig ? DIR_TO_NAT : DIR_NO_NAT;
-	return (c->flags & CONN_DSR) && !orig ? DIR_DSR : 0;
+	return (c->flags & CONN_DSR) && !orig ? DIR_DSR : 0; /* here are the backends */
 }
 
 /* ipcache_of: what is known of an address, by the longest prefix; NULL: nothing. */

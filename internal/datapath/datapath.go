@@ -33,6 +33,9 @@ type Config struct {
 
 	OverlayIfindex int    // the tunnel device; 0: there is none
 	TunnelPort     uint16 // its UDP port
+	TunnelMTU      int    // bytes that a packet in it may have
+
+	DSR bool // nodes pass connections from outside on with an option, and backends' nodes answer themselves
 
 	HostRouting bool // BPF host routing; false: legacy
 	Masquerade4 bool
@@ -156,6 +159,8 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATMax:        uint32(d.cfg.SNATMax),
 		HaveSetRetval:  d.features.SetRetval,
 		LBRefuse:       true,
+		DSR:            d.cfg.DSR,
+		TunnelMTU:      uint32(d.cfg.TunnelMTU),
 		MaglevSize:     16381,
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 	}

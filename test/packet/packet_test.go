@@ -83,6 +83,8 @@ var configs = map[string]func(*datapath.Config){
 	},
 	"no pod CIDRs":      func(c *datapath.Config) { c.PodCIDRs = nil },
 	"tunnel":            func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
+	"dsr":               func(c *datapath.Config) { c.DSR = true },
+	"dsr, legacy":       func(c *datapath.Config) { c.DSR, c.HostRouting = true, false },
 	"one port":          func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
 	"two connections":   func(c *datapath.Config) { c.ConnMax = 2 },
 	"without lash_host": func(c *datapath.Config) { c.HostIfindex = 4000 },

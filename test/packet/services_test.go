@@ -3,6 +3,7 @@
 package packet
 
 import (
+	"bytes"
 	"net/netip"
 	"testing"
 
@@ -424,6 +425,22 @@ func TestServicesFromOutside(t *testing.T) {
 				}},
 			}
 		}},
+		test{name: "answers and errors that go nowhere", steps: func(f family) []step {
+			var nat uint16
+			about := func(t *testing.T, p *programs, from netip.Addr, ttl uint8, want want) {
+				t.Helper()
+				p.step(t, step{at: netdev, pkt: packet{src: from, dst: f.node, ttl: ttl, l4: "error", quoted: frame(packet{src: f.node, dst: f.far, l4: "udp", sport: nat, dport: portTarget})}, want: want}, nil)
+			}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: bpf.FrontendOutside})},
+				{at: netdev, pkt: packet{src: f.nowhere, dst: f.node, l4: "udp", sport: 1000, dport: portNode}, want: egress(bpf.SlowNew), check: func(_ *testing.T, _, out []byte) { nat = read(out).sport }},
+				{at: netdev, reply: true, want: dropped(bpf.DropUnroutable)},
+				{do: func(t *testing.T, p *programs) {
+					about(t, p, f.far, 1, dropped(bpf.DropTTL))
+					about(t, p, f.far, 64, dropped(bpf.DropUnroutable))
+				}},
+			}
+		}},
 		test{name: "fragments", steps: func(f family) []step {
 			p := func(off uint16, more bool) packet {
 				return packet{src: f.outside, dst: f.node, l4: "udp", sport: 1000, dport: portNode, fragment: &fragment{3, off, more}}
@@ -444,6 +461,123 @@ func TestServicesFromOutside(t *testing.T) {
 						t.Errorf("%d connections of the node's own are tracked", n)
 					}
 				}},
+			}
+		}},
+	)
+	runTests(t, tests)
+}
+
+// option is how nodes tell each other a frontend.
+func option(a netip.Addr, port uint16) packet {
+	if a.Is4() {
+		b := append([]byte{154, 8, byte(port >> 8), byte(port)}, a.AsSlice()...)
+		return packet{options: b}
+	}
+	return packet{extensions: []extension{{protoDestOpts, append([]byte{2, 27, 20, byte(port >> 8), byte(port), 0, 0}, a.AsSlice()...)}}}
+}
+
+func TestDirectServerReturn(t *testing.T) {
+	var tests []test
+	const flags = bpf.FrontendOutside | bpf.FrontendDSR
+	for _, l4 := range []string{"tcp", "udp"} {
+		syn := ""
+		if l4 == "tcp" {
+			syn = "S"
+		}
+		for _, config := range []string{"dsr", "dsr, legacy"} {
+			tests = append(tests,
+				test{name: l4 + " sent on, " + config, config: config, steps: func(f family) []step {
+					p := packet{src: f.outside, dst: vip(f), l4: l4, sport: 1000, dport: portVIP, flags: syn}
+					p2 := p
+					p2.flags = "A"
+					optioned := func(t *testing.T, in, out []byte) {
+						t.Helper()
+						ends(f.outside, 1000, f.far, portTarget)(t, in, out)
+						o := option(vip(f), portVIP)
+						want := o.options
+						if f.v6 {
+							want = o.extensions[0].body
+						}
+						if at := bytes.Index(out, want); at != 14+20 && at != 14+40+1 {
+							t.Errorf("the option is at %d of %x", at, out)
+						}
+					}
+					plain := func(t *testing.T, in, out []byte) {
+						t.Helper()
+						ends(f.outside, 1000, f.far, portTarget)(t, in, out)
+						if len(in) != len(out) {
+							t.Errorf("%d bytes became %d", len(in), len(out))
+						}
+					}
+					steps := []step{
+						{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: flags})},
+						{at: netdev, pkt: p, want: egress(bpf.SlowNew), check: optioned},
+						{at: netdev, pkt: p2, want: egress(bpf.SlowNot), check: plain},
+					}
+					if l4 == "tcp" { // sent again, because the first was lost
+						steps = append(steps, step{at: netdev, pkt: p, want: egress(bpf.SlowReopened), check: optioned})
+					} else {
+						steps = append(steps, step{do: later}, step{at: netdev, pkt: p, want: neighbour(bpf.SlowDeadline), check: optioned})
+					}
+					return steps
+				}},
+				test{name: l4 + " at the backend's node, " + config, config: config, steps: func(f family) []step {
+					p := option(vip(f), portVIP)
+					p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, l4, 1000, portTarget, syn
+					return []step{
+						{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+						{at: netdev, pkt: p, want: peer(ifA, bpf.SlowExtension)},
+						{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: l4, sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(vip(f), portVIP, f.outside, 1000)},
+						{at: netdev, pkt: packet{src: f.outside, dst: f.a, l4: l4, sport: 1000, dport: portTarget, flags: "A"}, want: peer(ifA, bpf.SlowNot)},
+						{do: raise},
+						{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: l4, sport: portTarget, dport: 1000, flags: "A"}, want: egress(bpf.SlowEpoch), check: ends(vip(f), portVIP, f.outside, 1000)},
+					}
+				}},
+			)
+		}
+	}
+	tests = append(tests,
+		test{name: "another node's NodePort", config: "dsr", steps: func(f family) []step {
+			p := option(f.peer, portNode)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: p, want: peer(ifA, bpf.SlowExtension)},
+				{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(f.peer, portNode, f.outside, 1000)},
+			}
+		}},
+		test{name: "a frontend that there is none of", config: "dsr", steps: func(f family) []step {
+			p := option(f.outside, portNode)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: p, want: dropped(bpf.DropNoService)},
+			}
+		}},
+		test{name: "nobody is believed where it is not in use", steps: func(f family) []step {
+			p := option(vip(f), portVIP)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: p, want: peer(ifA, bpf.SlowExtension)},
+				{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(f.a, portTarget, f.outside, 1000)},
+			}
+		}},
+		test{name: "too big for the option: by way of this node", config: "dsr", steps: func(f family) []step {
+			size := 1500 - 28
+			if f.v6 {
+				size -= 20
+			}
+			p := packet{src: f.outside, dst: vip(f), l4: "udp", sport: 1000, dport: portVIP, size: size}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: flags})},
+				{at: netdev, pkt: p, want: egress(bpf.SlowNew), check: ends(f.node, 0, f.far, portTarget)},
+			}
+		}},
+		test{name: "nowhere", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.nowhere, portTarget)}, flags: flags})},
+				{at: netdev, pkt: packet{src: f.outside, dst: vip(f), l4: "udp", sport: 1000, dport: portVIP}, want: dropped(bpf.DropUnroutable)},
 			}
 		}},
 	)
