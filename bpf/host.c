@@ -34,6 +34,11 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 		if (err)
 			return err;
 	}
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p, false);
+		if (err)
+			return err;
+	}
 	met = conn_meet(skb, MEET_OPEN);
 	if (met < 0)
 		return met;

@@ -95,6 +95,7 @@ type options struct {
 	legacy, noTCX bool
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
+	dsr           bool   // backends' nodes answer clients outside
 	podsPerNode   int
 }
 
@@ -215,7 +216,7 @@ func (nd *node) open(c *cluster, o options) error {
 		}
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
-		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel],
+		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelMTU: o.routeMTU(), DSR: o.dsr,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
