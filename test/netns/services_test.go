@@ -217,3 +217,32 @@ func refused(from *os.File, at netip.AddrPort) error {
 		return fmt.Errorf("udp: %w, want connection refused", err)
 	})
 }
+
+// A sweep leaves the records and translations of services' connections alone while their backend is there, though nobody
+// has the frontend's address, and takes both away when it is gone.
+func TestSweepKnowsServices(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 2})
+	n := c.nodes[0]
+	a, b := n.pods[0], n.pods[1]
+	serve(t, b.ns, b.ip4)
+	c.balance(t, bpf.FrontendOutside, b.ip4)
+	if _, err := exchange(a.ns, netip.AddrPortFrom(vipOf(false), vipPort), 1000); err != nil {
+		t.Fatal(err)
+	}
+	n.do(t, "sweep", func() error {
+		s, err := n.dp.Sweep(t.Context())
+		if err != nil {
+			return err
+		}
+		if s.Connections == 0 || s.Orphaned+s.Translations != 0 {
+			return fmt.Errorf("while the backend is there: %+v", s)
+		}
+		if err := n.dp.Endpoints().Delete(t.Context(), b.ip4); err != nil {
+			return err
+		}
+		if s, err = n.dp.Sweep(t.Context()); err == nil && (s.Orphaned == 0 || s.Translations == 0) {
+			err = fmt.Errorf("of the departed backend remains: %+v", s)
+		}
+		return err
+	})
+}
