@@ -244,6 +244,7 @@ func nodeConfig(cfg *config.Config, name string) node.Config {
 		Name: name, IPAM: cfg.IPAM, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6,
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
+		NodePorts: cfg.KubeProxyReplacement, NodePortCIDRs: cfg.NodePortAddresses,
 		MasqueradeIP4: cfg.EnableIPv4Masquerade && cfg.EnableBPFMasquerade, MasqueradeIP6: cfg.EnableIPv6Masquerade && cfg.EnableBPFMasquerade,
 	}
 }

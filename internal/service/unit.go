@@ -20,6 +20,7 @@ type Config struct {
 	CanDSR     bool           // it works here; otherwise a service's own choice of it is not followed
 	Maglev     bool           // the algorithm where a service does not choose
 	Topology   bool           // follow topology hints
+	Affinity   bool           // follow session affinity
 	// OutsideClusterIP lets packets from outside reach ClusterIPs.
 	OutsideClusterIP bool
 	// NodePortFirst and NodePortLast bound what the API server gives to NodePorts: HostPorts there are not served.
@@ -99,8 +100,11 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 		}
 		for _, p := range svc.Ports {
 			c := &claim{name: name{svc.Key(), p.Name, p.Proto, ipv6}, rank: rank{created: svc.Created}, port: model.ServicePort{
-				Namespace: svc.Namespace, Name: svc.Name, Port: p.Name, Proto: p.Proto, IPv6: ipv6, Affinity: uint32(svc.SessionAffinitySec),
+				Namespace: svc.Namespace, Name: svc.Name, Port: p.Name, Proto: p.Proto, IPv6: ipv6,
 			}}
+			if cfg.Affinity {
+				c.port.Affinity = uint32(svc.SessionAffinitySec)
+			}
 			if len(svc.LoadBalancerIPs) > 0 {
 				for _, r := range svc.SourceRanges {
 					if r.Addr().Is6() == ipv6 {
