@@ -304,6 +304,7 @@ enum frontend_flags {
 	FRONTEND_MAGLEV    = 16, /* from outside the backend is chosen by lash_maglev */
 	FRONTEND_DSR       = 32, /* backends of other nodes answer clients outside directly */
 	FRONTEND_ADDRESS   = 64, /* the row of an address */
+	FRONTEND_NODE      = 128, /* the address is a node's: there is no row of it */
 };
 
 struct service {
@@ -323,11 +324,15 @@ struct backend_key {
 	__u32 slot;
 };
 
+enum backend_flags {
+	BACKEND_HOST = 1,        /* its address is this node's own */
+};
+
 struct backend {
 	struct addr addr;
 	__be16 port;
 	__u8 proto;
-	__u8 flags;
+	__u8 flags;              /* enum backend_flags */
 	__u32 pad;
 };
 
@@ -410,10 +415,13 @@ struct {
 
 /* --- lash_maglev: a service port's table of slots, looked up by a hash of the client's
  * end of the connection, so that every node chooses the same backend and few choices
- * move when backends change. Agent writes whole tables; slow path reads. */
+ * move when backends change. Behind the slots stands a sum by which the agent knows
+ * whether the table is that of the backends there are. Agent writes whole tables; slow
+ * path reads. */
 struct maglev_table {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 16381);
+	__uint(map_flags, BPF_F_INNER_MAP); /* tables may differ in size: cfg_maglev_size + 1 */
+	__uint(max_entries, 16382);
 	__type(key, __u32);
 	__type(value, __u32);
 };

@@ -18,6 +18,7 @@ enum file_id *file_id;
 enum identity *identity;
 enum ipcache_flags *ipcache_flags;
 enum frontend_flags *frontend_flags;
+enum backend_flags *backend_flags;
 enum member_state *member_state;
 enum port_use *port_use;
 enum event_switches *event_switches;

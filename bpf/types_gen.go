@@ -350,6 +350,11 @@ const (
 	AggregateMaximum = 3
 )
 
+// enum backend_flags.
+const (
+	BackendHost = 1
+)
+
 // enum capture_point.
 const (
 	CaptureSNATPre  = 10
@@ -498,6 +503,7 @@ const (
 	FrontendMaglev   = 16
 	FrontendDSR      = 32
 	FrontendAddress  = 64
+	FrontendNode     = 128
 )
 
 // enum hook.

@@ -87,7 +87,7 @@ func TestPrintedForms(t *testing.T) {
 		},
 		"services": func(b *bytes.Buffer) {
 			printServices(b, []agent.Service{
-				{ID: 2, Frontend: "10.96.0.10:53/UDP", Type: "ClusterIP", Backends: []model.Backend{{Addr: addr("10.0.1.2"), Port: 53, Proto: 17, State: "active"}, {Addr: addr("10.0.1.3"), Port: 53, Proto: 17, State: "terminating"}}},
+				{ID: 2, Frontend: "10.96.0.10:53/UDP", Type: "ClusterIP", Backends: []agent.Backend{{Addr: addr("10.0.1.2"), Port: 53, Proto: 17, State: "active"}, {Addr: addr("10.0.1.3"), Port: 53, Proto: 17, State: "terminating"}}},
 				{ID: 1, Frontend: "10.96.0.1:443/TCP", Type: "ClusterIP"},
 			})
 		},

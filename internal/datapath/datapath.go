@@ -46,6 +46,14 @@ type Config struct {
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
 
+	NodeAddrs        []netip.Addr // of the node on the direct device, at most one a family
+	HostNetns        uint64       // cookie of the node's network namespace
+	OutsideClusterIP bool         // packets from outside reach ClusterIPs
+	DropNoBackend    bool         // connections to services without backends are dropped, not refused
+	NoBindProtection bool         // sockets of the node may bind NodePorts
+	MaglevSize       uint32       // entries of a Maglev table, a prime; 0: 16381
+	MaglevSeed       []byte       // the same on all nodes
+
 	NoTCX bool // attach by clsact even where tcx exists
 }
 
@@ -68,6 +76,7 @@ type Datapath struct {
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
+	services *ServicePorts
 }
 
 // Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
@@ -133,6 +142,8 @@ func (d *Datapath) Map(name string) *ebpf.Map { return d.maps[name] }
 // Features are what this kernel was found to have.
 func (d *Datapath) Features() Features { return d.features }
 
+func (c Config) maglevSize() uint32 { return orDefault(c.MaglevSize, 16381) }
+
 func (d *Datapath) mapDir() string  { return filepath.Join(d.cfg.Root, "maps") }
 func (d *Datapath) linkDir() string { return filepath.Join(d.cfg.Root, "links") }
 
@@ -158,11 +169,21 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
 		HaveSetRetval:  d.features.SetRetval,
-		LBRefuse:       true,
 		DSR:            d.cfg.DSR,
 		TunnelMTU:      uint32(d.cfg.TunnelMTU),
-		MaglevSize:     16381,
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
+
+		LBOutsideClusterIP: d.cfg.OutsideClusterIP,
+		LBRefuse:           !d.cfg.DropNoBackend,
+		MaglevSize:         d.cfg.maglevSize(),
+		HostNetns:          d.cfg.HostNetns,
+	}
+	for _, a := range d.cfg.NodeAddrs {
+		if a.Is4() {
+			c.Node4 = bpf.AddrFrom(a)
+		} else {
+			c.Node6 = bpf.AddrFrom(a)
+		}
 	}
 	for i, b := range d.cfg.HostMAC {
 		c.HostMAC |= uint64(b) << (8 * i)
@@ -250,8 +271,10 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		spec.MaxEntries = orDefault(d.cfg.ConnMax/2, spec.MaxEntries)
 	case "lash_services":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
-	case "lash_backends":
+	case "lash_backends", "lash_members":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
+	case "lash_affinity", "lash_source_ranges", "lash_maglev":
+		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
 	case "lash_events":
 		spec.MaxEntries = eventsSize(runtime.NumCPU())
 	}

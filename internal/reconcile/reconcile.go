@@ -28,7 +28,12 @@ type Target[K comparable, V any] interface {
 
 // Snapshot is what is wanted at one moment.
 type Snapshot[K comparable, V any] struct {
+	// Rows are all wanted rows; of a Partial snapshot only those that changed since the one before. The first partial
+	// snapshot has all rows.
 	Rows map[K]V
+	// Partial makes a pass cost what changed, not what there is: rows that are in neither Rows nor Gone stay wanted.
+	Partial bool
+	Gone    []K // no longer wanted, of a Partial snapshot
 	// Complete says that every source of the rows has been read: only then is anything deleted.
 	Complete bool
 	// Changed are channels of which one is closed when the rows, or Complete, may have changed since.
@@ -50,7 +55,7 @@ type Health struct {
 type Config[K comparable, V any] struct {
 	Name   string
 	Target Target[K, V]
-	// Desired returns the wanted rows. The loop does not modify the map.
+	// Desired returns the wanted rows. The loop does not modify the map of a full snapshot, and keeps that of a partial one.
 	Desired func() Snapshot[K, V]
 	Equal   func(a, b V) bool
 	// Compare, if set, orders puts; deletes go in the reverse order. Without it the order is arbitrary.
@@ -80,6 +85,9 @@ type Loop[K comparable, V any] struct {
 	cfg Config[K, V]
 
 	// Below: used by the goroutine of Run only.
+	want     map[K]V // what is wanted
+	complete bool    // want is
+	owned    bool    // want is the loop's own map
 	actual   map[K]V // what the target has; nil: not read
 	unknown  map[K]struct{}
 	retry    map[K]retry
@@ -216,9 +224,33 @@ func (l *Loop[K, V]) next() time.Time {
 	return at
 }
 
-// pass makes the target equal to the snapshot as far as it can now.
+// take makes the snapshot what is wanted and returns the keys whose rows may differ now; all: any may.
+func (l *Loop[K, V]) take(snap Snapshot[K, V]) (changed []K, all bool) {
+	all = !snap.Partial || snap.Complete != l.complete
+	l.complete = snap.Complete
+	switch {
+	case !snap.Partial:
+		l.want, l.owned = snap.Rows, false
+		return nil, true
+	case l.want == nil:
+		l.want, l.owned = map[K]V{}, true
+	case !l.owned:
+		l.want, l.owned = maps.Clone(l.want), true
+	}
+	maps.Copy(l.want, snap.Rows)
+	for _, k := range snap.Gone {
+		delete(l.want, k)
+	}
+	if all {
+		return nil, true
+	}
+	return slices.AppendSeq(slices.Clone(snap.Gone), maps.Keys(snap.Rows)), false
+}
+
+// pass makes the target equal to what is wanted as far as it can now.
 func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []waiter[K]) {
 	now := time.Now()
+	look, all := l.take(snap)
 	if l.actual == nil || now.Sub(l.readAt) >= l.cfg.Reread {
 		if l.actual == nil && len(waiters) == 0 && now.Before(l.listFail.at) {
 			return
@@ -227,6 +259,7 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			l.report(now, fmt.Errorf("list: %w", err))
 			return
 		}
+		all = true
 	}
 	for _, w := range waiters {
 		for _, k := range w.keys {
@@ -236,23 +269,53 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			}
 		}
 	}
+	// What failed, or may be there by a write that failed, is looked at in every pass.
+	keys := map[K]struct{}{}
+	for k := range l.retry {
+		keys[k] = struct{}{}
+	}
+	for k := range l.unknown {
+		keys[k] = struct{}{}
+	}
+	for _, k := range look {
+		keys[k] = struct{}{}
+	}
+	if all {
+		for k := range l.want {
+			keys[k] = struct{}{}
+		}
+		for k := range l.actual {
+			keys[k] = struct{}{}
+		}
+	}
 
-	// Puts before deletes, so that a lookup never misses in between.
-	var puts, deletes int
-	var write []K
-	for _, k := range l.sorted(maps.Keys(snap.Rows)) {
+	var write, unwanted []K
+	for _, k := range l.sorted(maps.Keys(keys)) {
+		want, wanted := l.want[k]
 		have, ok := l.actual[k]
 		_, doubt := l.unknown[k]
-		if ok && !doubt && l.cfg.Equal(have, snap.Rows[k]) {
+		if wanted && ok && !doubt && l.cfg.Equal(have, want) || !wanted && !ok && !doubt {
+			delete(l.retry, k)
+			continue
+		}
+		if !wanted && !l.complete {
+			// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
 			delete(l.retry, k)
 			continue
 		}
 		if r, ok := l.retry[k]; ok && now.Before(r.at) {
 			continue
 		}
-		write = append(write, k)
+		if wanted {
+			write = append(write, k)
+		} else {
+			unwanted = append(unwanted, k)
+		}
 	}
-	put := func(k K) error { return l.cfg.Target.Put(ctx, k, snap.Rows[k]) }
+
+	// Puts before deletes, so that a lookup never misses in between.
+	var puts, deletes int
+	put := func(k K) error { return l.cfg.Target.Put(ctx, k, l.want[k]) }
 	for k, err := range l.each(ctx, write, put) {
 		if err != nil {
 			// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
@@ -261,16 +324,12 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			continue
 		}
 		puts++
-		l.actual[k] = snap.Rows[k]
+		l.actual[k] = l.want[k]
 		delete(l.unknown, k)
 		delete(l.retry, k)
 	}
-
-	if snap.Complete && ctx.Err() == nil {
-		unwanted := slices.DeleteFunc(l.unwanted(snap.Rows), func(k K) bool {
-			r, ok := l.retry[k]
-			return ok && now.Before(r.at)
-		})
+	if ctx.Err() == nil {
+		slices.Reverse(unwanted)
 		for k, err := range l.each(ctx, unwanted, func(k K) error { return l.cfg.Target.Delete(ctx, k) }) {
 			if err != nil {
 				l.unknown[k] = struct{}{}
@@ -281,13 +340,6 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			delete(l.actual, k)
 			delete(l.unknown, k)
 			delete(l.retry, k)
-		}
-	} else {
-		// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
-		for k := range l.retry {
-			if _, ok := snap.Rows[k]; !ok {
-				delete(l.retry, k)
-			}
 		}
 	}
 	if puts+deletes > 0 {
@@ -342,24 +394,6 @@ func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
 	l.actual, l.readAt, l.listFail = rows, now, retry{}
 	clear(l.unknown)
 	return nil
-}
-
-// unwanted are the rows that the target has, or may have, and that are not wanted.
-func (l *Loop[K, V]) unwanted(rows map[K]V) []K {
-	set := map[K]struct{}{}
-	for k := range l.actual {
-		if _, ok := rows[k]; !ok {
-			set[k] = struct{}{}
-		}
-	}
-	for k := range l.unknown {
-		if _, ok := rows[k]; !ok {
-			set[k] = struct{}{}
-		}
-	}
-	keys := l.sorted(maps.Keys(set))
-	slices.Reverse(keys)
-	return keys
 }
 
 func (l *Loop[K, V]) sorted(seq func(func(K) bool)) []K {
