@@ -93,7 +93,7 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
 	root.AddCommand(
 		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.sysdumpCommand(),
 		a.statusCommand(), a.endpointCommand(), a.identityCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.bpfCommand(), a.dbCommand(),
-		a.monitorCommand(), a.healthCommand(), a.configCommand(),
+		a.monitorCommand(), a.explainCommand(), a.healthCommand(), a.configCommand(),
 		a.benchCommand(), a.versionCommand(),
 	)
 	return root

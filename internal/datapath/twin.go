@@ -57,47 +57,42 @@ func (d *Datapath) attachedTwin(p *dryPrograms, program string, ifindex int) (fa
 	}
 	ids, _ := info.MapIDs()
 	own, _ := twin.MapIDs()
-	for _, id := range own {
-		m, name, err := mapByID(id)
-		if err != nil {
-			return facts, err
+	for name, m := range d.maps {
+		if programsWrite[name] {
+			continue
 		}
-		m.Close()
-		if isOurs(name) && !programsWrite[name] && !slices.Contains(ids, id) {
-			return facts, differ(name)
+		shared, err := m.Info()
+		if err != nil {
+			return facts, fmt.Errorf("map %s: %w", name, err)
+		}
+		if id, _ := shared.ID(); slices.Contains(own, id) && !slices.Contains(ids, id) {
+			return facts, differ("rows of " + name)
 		}
 	}
 	for _, id := range ids {
-		m, name, err := mapByID(id)
-		if err != nil {
-			return facts, err
-		}
-		var value []byte
-		if name == rodata {
-			value, err = m.LookupBytes(uint32(0))
-		}
-		m.Close()
+		value, err := constantsIn(id)
 		if err != nil {
 			return facts, fmt.Errorf("constants of %s: %w", program, err)
 		}
-		if name == rodata && !bytes.Equal(value, p.constants[program]) {
+		if value != nil && !bytes.Equal(value, p.constants[program]) {
 			return facts, differ("constants")
 		}
 	}
 	return facts, nil
 }
 
-func mapByID(id ebpf.MapID) (*ebpf.Map, string, error) {
+// constantsIn is what a map holds if it is that of a program's constants.
+func constantsIn(id ebpf.MapID) ([]byte, error) {
 	m, err := ebpf.NewMapFromID(id)
 	if err != nil {
-		return nil, "", fmt.Errorf("map %d: %w", id, err)
+		return nil, err
 	}
+	defer m.Close()
 	info, err := m.Info()
-	if err != nil {
-		m.Close()
-		return nil, "", fmt.Errorf("map %d: %w", id, err)
+	if err != nil || info.Name != rodata {
+		return nil, err
 	}
-	return m, info.Name, nil
+	return m.LookupBytes(uint32(0))
 }
 
 // attachedProgram is the program of that name on the device.
