@@ -173,7 +173,11 @@ func printWay(out io.Writer, way agent.ExplainedWay, verbose bool) error {
 			if e.Decides {
 				mark = "  *"
 			}
-			row(w, mark+" "+e.Map, e.Key, e.Value, e.Object)
+			cells := []string{mark + " " + e.Map, e.Key, e.Value}
+			if e.Object != "" {
+				cells = append(cells, e.Object)
+			}
+			row(w, cells...)
 		}
 		if len(s.Changes) > 0 {
 			fmt.Fprintf(w, "    rewritten: %s\n", strings.Join(s.Changes, ", "))
@@ -184,7 +188,7 @@ func printWay(out io.Writer, way agent.ExplainedWay, verbose bool) error {
 		fmt.Fprintf(w, "    => %s\n", s.Result)
 	}
 	v := way.Verdict
-	fmt.Fprintf(w, "\nVerdict:\t%s: %s\n", v.Outcome, v.Text)
+	fmt.Fprintf(w, "\nVerdict:\t%s\n", v.Text)
 	if v.Remedy != "" {
 		fmt.Fprintf(w, "Remedy:\t%s\n", v.Remedy)
 	}

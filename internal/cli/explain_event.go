@@ -59,8 +59,7 @@ func parseEventJSON(line string) (e seenEvent, err error) {
 	var j struct {
 		Type, Reason, File string
 		Line               uint16
-		Ifindex            any
-		Summary            json.RawMessage
+		Ifindex, Summary   json.RawMessage
 	}
 	if err := json.Unmarshal([]byte(line), &j); err != nil {
 		return e, err
@@ -95,7 +94,7 @@ func parseEventJSON(line string) (e seenEvent, err error) {
 		e.id = uint16(id)
 	}
 	if j.Type == "drop" {
-		e.reason, e.where, e.device = j.Reason, fmt.Sprintf("%s:%d", j.File, j.Line), fmt.Sprint(j.Ifindex)
+		e.reason, e.where, e.device = j.Reason, fmt.Sprintf("%s:%d", j.File, j.Line), strings.Trim(string(j.Ifindex), `"`)
 	}
 	return e, nil
 }

@@ -27,6 +27,11 @@ var programsWrite = map[string]bool{
 	"lash_nat": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
 }
 
+// hookOf is by which rows of lash_counts a program counts.
+var hookOf = map[string]uint32{
+	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "to_netdev": bpf.HookNetdevOut, "from_host": bpf.HookHost, "from_overlay": bpf.HookOverlay,
+}
+
 // Rows of a dry run's own maps: one packet's, and what stands in the way of its source port when it is masqueraded.
 const (
 	dryRows   = 1 << 16
@@ -40,6 +45,7 @@ type dryPrograms struct {
 	programs    map[string]*ebpf.Program
 	constants   map[string][]byte // .rodata by program
 	ring        *ringbuf.Reader
+	proved      map[ebpf.ProgramID]ProgramFacts // attached programs that are the same
 }
 
 // dryObjects are those whose programs the kernel can test-run; it cannot run the sockets'.
@@ -50,7 +56,7 @@ func (d *Datapath) openDryRun() (_ *dryPrograms, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &dryPrograms{maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, constants: map[string][]byte{}}
+	p := &dryPrograms{maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, constants: map[string][]byte{}, proved: map[ebpf.ProgramID]ProgramFacts{}}
 	defer func() {
 		if err != nil {
 			p.close()
@@ -186,7 +192,7 @@ type DryOutcome struct {
 	Ifindex int    // where that leads
 	Mark    uint32 // of the packet
 	Frame   []byte // as rewritten
-	Slow    []int  // enum slow_reason of each hook's count
+	Slow    []int  // enum slow_reason, as it counts the packet
 	Events  [][]byte
 
 	Known *bpf.Conn // the connection's record before; nil: there was none
@@ -235,7 +241,7 @@ func (r *DryRun) Run(in DryPacket) (*DryOutcome, error) {
 	if err := r.remember(key, out); err != nil {
 		return nil, err
 	}
-	if err := r.prepare(); err != nil {
+	if err := r.prepare(in.Program); err != nil {
 		return nil, err
 	}
 	prog, done, err := r.entry(in)
@@ -250,7 +256,7 @@ func (r *DryRun) Run(in DryPacket) (*DryOutcome, error) {
 		return nil, fmt.Errorf("dry run of %s: %w", in.Program, err)
 	}
 	out.Verdict, out.Action, out.Ifindex, out.Mark, out.Frame = int32(verdict), uint8(after.CB[1]), int(after.CB[0]), after.Mark, opts.DataOut
-	return out, r.collect(key, fromHi, out)
+	return out, r.collect(in.Program, key, fromHi, out)
 }
 
 // remember copies what the live maps have of the packet's connection, unless an earlier program of the dry run has made
@@ -342,7 +348,7 @@ func (r *DryRun) rivals(key bpf.ConnKey) error {
 func lookupRaw(m *ebpf.Map, key any) ([]byte, error) { return m.LookupBytes(key) }
 
 // prepare makes the programs tell everything, empties their counters and reads the clock.
-func (r *DryRun) prepare() error {
+func (r *DryRun) prepare(program string) error {
 	var rt bpf.Runtime
 	if err := r.d.maps["lash_runtime"].Lookup(uint32(0), &rt); err != nil {
 		return fmt.Errorf("read lash_runtime: %w", err)
@@ -353,8 +359,8 @@ func (r *DryRun) prepare() error {
 		return fmt.Errorf("dry run's lash_runtime: %w", err)
 	}
 	zero := make([]bpf.Count, ebpf.MustPossibleCPU())
-	for row := range uint32(bpf.Hooks * bpf.CountRows) {
-		if err := r.p.maps["lash_counts"].Put(row, zero); err != nil {
+	for row := range uint32(bpf.CountRows) {
+		if err := r.p.maps["lash_counts"].Put(hookOf[program]*bpf.CountRows+row, zero); err != nil {
 			return fmt.Errorf("dry run's lash_counts: %w", err)
 		}
 	}
@@ -396,17 +402,17 @@ func (r *DryRun) events() (all [][]byte, err error) {
 }
 
 // collect reads what the programs left in their own maps.
-func (r *DryRun) collect(key bpf.ConnKey, fromHi bool, out *DryOutcome) (err error) {
+func (r *DryRun) collect(program string, key bpf.ConnKey, fromHi bool, out *DryOutcome) (err error) {
 	if out.Events, err = r.events(); err != nil {
 		return err
 	}
-	for row := range uint32(bpf.Hooks * bpf.CountRows) {
+	for row := range uint32(bpf.CountRows) {
 		var perCPU []bpf.Count
-		if err := r.p.maps["lash_counts"].Lookup(row, &perCPU); err != nil {
+		if err := r.p.maps["lash_counts"].Lookup(hookOf[program]*bpf.CountRows+row, &perCPU); err != nil {
 			return fmt.Errorf("dry run's lash_counts: %w", err)
 		}
 		if sum(perCPU).Packets > 0 {
-			out.Slow = append(out.Slow, int(row%bpf.CountRows))
+			out.Slow = append(out.Slow, int(row))
 		}
 	}
 	owner := key

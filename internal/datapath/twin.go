@@ -44,6 +44,9 @@ func (d *Datapath) attachedTwin(p *dryPrograms, program string, ifindex int) (fa
 		return facts, fmt.Errorf("%s on %s: %w", program, name, err)
 	}
 	id, _ := info.ID()
+	if facts, ok := p.proved[id]; ok { // neither of the two changes
+		return facts, nil
+	}
 	facts = ProgramFacts{uint32(id), info.Tag}
 	differ := func(what string) error {
 		return fmt.Errorf("%s on %s (id %d, tag %s) has other %s than this agent's: it was attached by an agent of another version or configuration. An agent replaces such programs when it starts: see its log, and try again", program, name, id, info.Tag, what)
@@ -78,6 +81,7 @@ func (d *Datapath) attachedTwin(p *dryPrograms, program string, ifindex int) (fa
 			return facts, differ("constants")
 		}
 	}
+	p.proved[id] = facts
 	return facts, nil
 }
 

@@ -114,6 +114,10 @@ func (l lookup) entries() []agent.ExplainEntry {
 	if l.in.Program == "from_netdev" {
 		return all // what is no pod's is the stack's
 	}
+	if l.in.Program == "from_overlay" {
+		add(&agent.ExplainEntry{Map: "lash_endpoints", Key: dst.String(), Value: "no row: nobody on this node has it", Object: l.w.names.end(dst).Object, Decides: true})
+		return all
+	}
 	decides := dropped && l.in.Program != "from_container" || l.out.Action == bpf.ActionTunnel
 	add(l.ipcache(dst, decides))
 	if l.in.Program == "from_container" && l.out.Action != bpf.ActionTunnel {

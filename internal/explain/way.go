@@ -186,7 +186,7 @@ func (n names) first(req agent.ExplainRequest, src, dst party) (hop agent.Explai
 		node = dst.node
 	}
 	if node == "" {
-		return hop, "", fmt.Errorf("neither %s nor %s is of the cluster: say with --node at which node the packet arrives", src.what, dst.what)
+		return hop, "", fmt.Errorf("neither %s nor %s is of the cluster: say with --at at which node the packet arrives", src.what, dst.what)
 	}
 	return hop, node, nil
 }

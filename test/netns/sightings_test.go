@@ -52,8 +52,9 @@ func watch(t *testing.T, c *cluster) *watcher {
 	n2 := c.nodes[1]
 	ip(t, n2.ns, "route add default via "+outside4+" dev eth0", "route add default via "+outside6+" dev eth0")
 	for _, nd := range c.nodes {
-		// Every error is answered, however many come.
-		testutil.In(t, nd.ns, "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_ratemask; echo 0 > /proc/sys/net/ipv6/icmp/ratelimit")
+		// Every error is answered, however many come. Who does not answer for an address is given up within the time that send waits.
+		testutil.In(t, nd.ns, "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_ratemask; echo 0 > /proc/sys/net/ipv6/icmp/ratelimit; "+
+			"for f in 4 6; do echo 1 > /proc/sys/net/ipv$f/neigh/eth0/mcast_solicit; echo 200 > /proc/sys/net/ipv$f/neigh/eth0/retrans_time_ms; done")
 		for _, p := range nd.pods {
 			w.frames(t, p.ns, func(in bool, frame []byte) {
 				if in {
