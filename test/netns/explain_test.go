@@ -137,11 +137,16 @@ func testExplain(t *testing.T, o options, n int) {
 					}
 				}
 				count[said[i].Verdict.Outcome]++
+				if known && slices.ContainsFunc(said[i].Steps, func(s agent.ExplainStep) bool {
+					return slices.Contains(s.Why, "Fast path: the record's decision holds")
+				}) {
+					count["fast path"]++
+				}
 			}
 		}
 	}
 	t.Logf("%d tuples, each new and known: %v, %d wrong", len(tuples), count, wrong)
-	for _, outcome := range []string{agent.OutcomeDelivered, agent.OutcomeHost, agent.OutcomeSent, agent.OutcomeDropped, agent.OutcomeAnswered} {
+	for _, outcome := range []string{agent.OutcomeDelivered, agent.OutcomeHost, agent.OutcomeSent, agent.OutcomeDropped, agent.OutcomeAnswered, "fast path"} {
 		if count[outcome] == 0 {
 			t.Errorf("no tuple was %s: the test tests less than it says", outcome)
 		}
