@@ -104,6 +104,9 @@ func TestExplainAgreesClsact(t *testing.T) {
 // testExplain compares what explain says with what the real packet does: for the cases of testTraffic and for random
 // tuples, each as a new connection and then again as one that is known. No explanation changes any map.
 func testExplain(t *testing.T, o options, n int) {
+	if testing.Short() { // on an emulated machine
+		n = 120
+	}
 	c := newCluster(t, o)
 	w := watch(t, c)
 	e := newExplainers(t, c)
