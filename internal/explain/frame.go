@@ -47,6 +47,9 @@ func build(p agent.ExplainPacket, smac, dmac model.MAC, opens bool) ([]byte, err
 	var ip gopacket.NetworkLayer
 	all := []gopacket.SerializableLayer{eth}
 	v6 := p.Dst.Is6()
+	if p.Size < 0 || p.Size > mostSize {
+		return nil, fmt.Errorf("a payload of %d bytes: must be 0 to %d", p.Size, mostSize)
+	}
 	if v6 != p.Src.Is6() {
 		return nil, fmt.Errorf("from %s to %s: both ends must be of one address family", p.Src, p.Dst)
 	}

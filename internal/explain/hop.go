@@ -123,6 +123,10 @@ func (w *walk) fromPod(p agent.ExplainPacket, backend int, sockets bool) error {
 	if err != nil {
 		return err
 	}
+	if ep, ok := w.names.behind(int(row.Ifindex)); ok && ep.Network.RouteMTU > 0 && len(frame)-ethLen > ep.Network.RouteMTU {
+		s := w.step(agent.ExplainStep{Program: "stack", Device: "the pod's own", Packet: monitor.Summary(frame), Result: fmt.Sprintf("too big: the pod's routes have an MTU of %d", ep.Network.RouteMTU)})
+		return w.end(agent.ExplainVerdict{Outcome: agent.OutcomeAnswered, Reason: fmt.Sprintf("fragmentation needed, MTU %d", ep.Network.RouteMTU), Text: "does not leave the pod in one piece: " + s.Result})
+	}
 	return w.program(datapath.DryPacket{Program: "from_container", Ifindex: int(row.Ifindex), Frame: frame})
 }
 

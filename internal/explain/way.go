@@ -111,6 +111,9 @@ func alternatives(p party, endpoints, all bool) ([]party, error) {
 	return p.ends, nil
 }
 
+// mostSize is of a packet's payload, bytes.
+const mostSize = 3400
+
 // complete fills in what the person left out, and refuses what has no meaning.
 func complete(req *agent.ExplainRequest, dst party) error {
 	req.Proto = strings.ToLower(req.Proto)
@@ -143,8 +146,8 @@ func complete(req *agent.ExplainRequest, dst party) error {
 		return fmt.Errorf("destination: %s needs a port, like :80/%s", req.Proto, req.Proto)
 	case req.Family != 0 && req.Family != 4 && req.Family != 6:
 		return fmt.Errorf("family %d: must be 4 or 6", req.Family)
-	case req.Size < 0 || req.Size > 65000:
-		return fmt.Errorf("size %d: must be 0 to 65000 bytes", req.Size)
+	case req.Size < 0 || req.Size > mostSize:
+		return fmt.Errorf("size %d: must be 0 to %d bytes: the kernel test-runs packets of less than a page", req.Size, mostSize)
 	}
 	if req.TTL == 0 {
 		req.TTL = 64

@@ -29,9 +29,10 @@ func entryOf(way agent.ExplainedWay, name string) (agent.ExplainEntry, bool) {
 
 // A service's frontend becomes a backend at the socket, and goes on as a packet to that one.
 func TestExplainTranslatesServices(t *testing.T) {
-	c := newCluster(t, options{podsPerNode: 2, tunnel: "vxlan"})
+	o := options{podsPerNode: 2, tunnel: "vxlan"}
+	c := newCluster(t, o)
 	n1, n2 := c.nodes[0], c.nodes[1]
-	e := newExplainers(t, c)
+	e := newExplainers(t, c, o)
 	front := model.Frontend{Addr: addr("10.96.0.10"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
 	empty := model.Frontend{Addr: addr("10.96.0.11"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
 	entry := model.FrontendEntry{ID: 7, Backends: []model.Backend{{Addr: n1.pods[1].ip4, Port: 7000, Proto: model.ProtoTCP, State: model.BackendActive}, {Addr: n2.pods[0].ip4, Port: 7000, Proto: model.ProtoTCP, State: model.BackendActive}}}
@@ -72,9 +73,10 @@ func TestExplainTranslatesServices(t *testing.T) {
 
 // What an answer of explain says of rows and records.
 func TestExplainNamesWhatDecides(t *testing.T) {
-	c := newCluster(t, options{podsPerNode: 2, tunnel: "vxlan"})
+	o := options{podsPerNode: 2, tunnel: "vxlan"}
+	c := newCluster(t, o)
 	n1, n2 := c.nodes[0], c.nodes[1]
-	e := newExplainers(t, c)
+	e := newExplainers(t, c, o)
 	a, far := n1.pods[0], n2.pods[0]
 	way := e.explain(t, 1, agent.ExplainRequest{Src: n1.podKey(a), Dst: n2.podKey(far), Port: 7000}) // asked at the other node
 	if way.Verdict.Pod != n2.podKey(far) || len(way.Steps) != 2 || way.Steps[0].Node != "n1" || way.Steps[1].Node != "n2" {
@@ -103,6 +105,14 @@ func TestExplainNamesWhatDecides(t *testing.T) {
 	if e, ok := entryOf(way, "lash_ifaces"); !ok || !e.Decides || !strings.Contains(e.Value, "has 10.0.1.10, not 10.0.1.77") {
 		t.Errorf("source check: %+v", e)
 	}
+	// What does not fit through the tunnel does not leave the pod, and what just does reaches the other.
+	for size, fits := range map[int]bool{o.routeMTU() - 28: true, o.routeMTU() - 27: false} {
+		way = e.explain(t, 0, agent.ExplainRequest{Src: n1.podKey(a), Dst: n2.podKey(far), Size: size})
+		out, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "2", "-M", "do", "-s", fmt.Sprint(size), far.ip4.String())
+		if (err == nil) != fits || (way.Verdict.Outcome == agent.OutcomeDelivered) != fits || !fits && way.Verdict.Outcome != agent.OutcomeAnswered {
+			t.Errorf("%d bytes: explain says %+v, ping %v\n%s", size, way.Verdict, err, out)
+		}
+	}
 	// A node that does not answer.
 	e.all[0].Peers = silent{}
 	way = e.explain(t, 0, agent.ExplainRequest{Src: n1.podKey(a), Dst: n2.podKey(far)})
@@ -119,13 +129,14 @@ func (silent) Hop(context.Context, model.Node, agent.ExplainHop) (agent.ExplainH
 
 // When no source port is left for a masqueraded connection, explain finds none either: it sees those that are taken.
 func TestExplainSeesSourcePortsThatAreTaken(t *testing.T) {
-	c := newCluster(t, options{podsPerNode: 1, fewPorts: true})
+	o := options{podsPerNode: 1, fewPorts: true}
+	c := newCluster(t, o)
 	w := watch(t, c)
-	e := newExplainers(t, c)
+	e := newExplainers(t, c, o)
 	out := addr(outside4)
 	tp := tuple{from: c.podSender(0, c.nodes[0].pods[0]), src: c.nodes[0].pods[0].ip4, dst: out, proto: "udp", port: 7000, ttl: 64}
 	for tp.sport = 1; tp.sport < 100; tp.sport++ {
-		want := c.expect(e.explain(t, 0, tp.request(true)), options{})
+		want := c.expect(e.explain(t, 0, tp.request(true)), o)
 		did := w.send(t, []tuple{tp})[0]
 		if !slices.Contains(want, did) {
 			t.Fatalf("connection %d: explain says %q, it did %q", tp.sport, want, did)
@@ -141,9 +152,10 @@ func TestExplainSeesSourcePortsThatAreTaken(t *testing.T) {
 
 // Programs that another configuration attached are not explained by this one's.
 func TestExplainRefusesWhatIsNotAttached(t *testing.T) {
-	c := newCluster(t, options{podsPerNode: 1})
+	o := options{podsPerNode: 1}
+	c := newCluster(t, o)
 	n := c.nodes[0]
-	e := newExplainers(t, c)
+	e := newExplainers(t, c, o)
 	p := n.pods[0]
 	ask := func() (err error) {
 		n.do(t, "explain", func() error {

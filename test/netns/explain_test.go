@@ -32,7 +32,7 @@ func (nd *node) podKey(p *pod) string {
 }
 
 // newExplainers fills each node's tables as the API server would.
-func newExplainers(t *testing.T, c *cluster) *explainers {
+func newExplainers(t *testing.T, c *cluster, o options) *explainers {
 	t.Helper()
 	e := &explainers{c: c}
 	for _, nd := range c.nodes {
@@ -47,7 +47,7 @@ func newExplainers(t *testing.T, c *cluster) *explainers {
 			for _, p := range other.pods {
 				ns, name, _ := strings.Cut(other.podKey(p), "/")
 				if other == nd {
-					state.Insert(tables.DB, tables.Endpoints, model.Endpoint{ID: uint16(p.ifindex), Namespace: ns, Pod: name, IfName: p.name, Ifindex: p.ifindex, IPv4: p.ip4, IPv6: p.ip6, MAC: p.mac, NodeMAC: p.nodeMAC, Identity: p.identity, State: model.EndpointReady})
+					state.Insert(tables.DB, tables.Endpoints, model.Endpoint{ID: uint16(p.ifindex), Namespace: ns, Pod: name, IfName: p.name, Ifindex: p.ifindex, IPv4: p.ip4, IPv6: p.ip6, MAC: p.mac, NodeMAC: p.nodeMAC, Network: model.PodNetwork{RouteMTU: o.routeMTU()}, Identity: p.identity, State: model.EndpointReady})
 				}
 				state.Insert(tables.DB, tables.CiliumEndpoints, state.CiliumEndpoint{Namespace: ns, Name: name, Node: other.ip4, IPv4: p.ip4, IPv6: p.ip6, Identity: p.identity})
 			}
@@ -109,7 +109,7 @@ func testExplain(t *testing.T, o options, n int) {
 	}
 	c := newCluster(t, o)
 	w := watch(t, c)
-	e := newExplainers(t, c)
+	e := newExplainers(t, c, o)
 	rng := rand.New(rand.NewPCG(uint64(n), 3))
 	tuples := connectivity(c, o)
 	for len(tuples) < n {
