@@ -133,5 +133,5 @@ func (e seenEvent) compare(out io.Writer, v agent.ExplainVerdict) {
 	if v.Outcome != agent.OutcomeDropped || v.Reason != e.reason {
 		now = "it would not happen to this packet now: what caused it has changed, or it was about more of the packet than its addresses and ports"
 	}
-	fmt.Fprintf(out, "Event:         dropped: %s (%s); %s\n", e.reason, e.where, now)
+	fmt.Fprintf(out, "Event:     dropped: %s (%s); %s\n", e.reason, e.where, now)
 }

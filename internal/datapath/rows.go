@@ -36,7 +36,11 @@ func (d *Datapath) IPCacheRow(a netip.Addr) (p netip.Prefix, e *bpf.IPCacheEntry
 	if e, err = row[bpf.IPCacheEntry](d.maps["lash_ipcache"], key); e == nil {
 		return p, nil, err
 	}
-	for key.Prefixlen > 0 {
+	least := uint32(0)
+	if a.Is4() {
+		least = 96
+	}
+	for key.Prefixlen > least {
 		shorter := key
 		shorter.Prefixlen--
 		other, err := row[bpf.IPCacheEntry](d.maps["lash_ipcache"], shorter)
@@ -48,8 +52,8 @@ func (d *Datapath) IPCacheRow(a netip.Addr) (p netip.Prefix, e *bpf.IPCacheEntry
 		}
 		key = shorter
 	}
-	if a.Is4() && key.Prefixlen >= 96 {
-		return netip.PrefixFrom(a, int(key.Prefixlen)-96).Masked(), e, nil
+	if a.Is4() {
+		return netip.PrefixFrom(a, int(key.Prefixlen-least)).Masked(), e, nil
 	}
 	return netip.PrefixFrom(netip.AddrFrom16(key.Addr), int(key.Prefixlen)).Masked(), e, nil
 }

@@ -118,13 +118,19 @@ func (n names) behind(ifindex int) (model.Endpoint, bool) {
 	return model.Endpoint{}, false
 }
 
-// identity is "2001 (k8s:app=web)".
+// identity is "identity 2001 (k8s:app=web)": without the labels that every pod has of its namespace and cluster.
 func (n names) identity(id uint32) string {
 	if fixed := model.Identity(id).FixedLabels(); fixed != nil {
 		return fmt.Sprintf("identity %d (%s)", id, strings.Join(fixed, " "))
 	}
 	if r, _, ok := n.t.Identities.Get(n.txn, state.IdentityByID(model.Identity(id))); ok {
-		return fmt.Sprintf("identity %d (%s)", id, strings.Join(r.Labels.List(), " "))
+		own := slices.DeleteFunc(r.Labels.List(), func(l string) bool {
+			return strings.HasPrefix(l, "k8s:io.cilium.") || strings.HasPrefix(l, "k8s:io.kubernetes.")
+		})
+		if len(own) == 0 {
+			own = []string{"no labels of its own"}
+		}
+		return fmt.Sprintf("identity %d (%s)", id, strings.Join(own, " "))
 	}
 	return fmt.Sprintf("identity %d", id)
 }
