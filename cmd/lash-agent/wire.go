@@ -19,6 +19,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
 	"github.com/lash-net/lash/internal/events"
+	"github.com/lash-net/lash/internal/explain"
 	"github.com/lash-net/lash/internal/health"
 	"github.com/lash-net/lash/internal/identity"
 	"github.com/lash-net/lash/internal/ipam"
@@ -54,6 +55,7 @@ type agent struct {
 	dp      *datapath.Datapath // nil until the node has its addresses
 	eps     *endpoint.Endpoints
 	prober  *health.Prober
+	explain *explain.Explainer
 
 	monitoring *monitoring
 	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
@@ -94,10 +96,14 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.prober = health.NewProber(health.Config{Tables: a.tables, Port: uint16(cfg.ClusterHealthPort), Log: log})
 	a.chooseHostRouting()
 	a.monitoring = newMonitoring(cfg)
+	a.explain = &explain.Explainer{
+		Tables: a.tables, Datapath: func() *datapath.Datapath { return a.phase.Load().dp }, Sockets: a.attached.Load,
+		Peers: explain.Remote{Port: uint16(cfg.ClusterHealthPort)},
+	}
 	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
 	g.start("endpoint-log", endpointLog.Run)
 	srv := server.New(server.Config{
-		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, EndpointLog: endpointLog, Log: log,
+		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, Explain: a.explain, EndpointLog: endpointLog, Log: log,
 	})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
 	g.start("health", func(ctx context.Context) error { return srv.ServeHealth(ctx, cfg.AgentHealthPort) })

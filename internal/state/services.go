@@ -41,6 +41,11 @@ func (r Service) Equal(o Service) bool {
 		slices.Equal(r.ClusterIPs, o.ClusterIPs) && slices.Equal(r.Ports, o.Ports)
 }
 
+// ServiceByName finds the service "namespace/name".
+func ServiceByName(key string) statedb.Query[Service] { return serviceByName.Query(key) }
+
+var serviceByName = byString("name", Service.Key)
+
 func newServices(db *statedb.DB) (statedb.RWTable[Service], error) {
 	return statedb.NewTableAny(db, "services",
 		func() []string { return []string{"Name", "Type", "ClusterIPs", "Ports"} },
@@ -50,7 +55,7 @@ func newServices(db *statedb.DB) (statedb.RWTable[Service], error) {
 				ports[i] = strings.TrimPrefix(p.Name+":", ":") + strconv.Itoa(int(p.Port)) + "/" + model.ProtoName(p.Proto)
 			}
 			return []string{r.Key(), r.Type, joined(r.ClusterIPs), strings.Join(ports, ",")}
-		}, byString("name", Service.Key))
+		}, serviceByName)
 }
 
 // SlicePort is a port of an EndpointSlice; Port 0 stands for none.

@@ -200,6 +200,9 @@ func (w *world) checks(o Options) []check {
 	}
 	if o.With == "lash" {
 		list = append(list, w.lash()...)
+		for _, f := range families {
+			list = append(list, w.explanations(f)...)
+		}
 		list = append(list, w.modeChecks(o.Mode)...)
 	}
 	return list

@@ -96,6 +96,7 @@ type options struct {
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
 	podsPerNode   int
+	fewPorts      bool // masquerading has four source ports
 }
 
 // tunnelPorts are the tunnels' usual ports.
@@ -214,7 +215,12 @@ func (nd *node) open(c *cluster, o options) error {
 			return err
 		}
 	}
+	var snatMin, snatMax uint16
+	if o.fewPorts {
+		snatMin, snatMax = 30000, 30003
+	}
 	nd.dp, err = datapath.Open(datapath.Config{
+		SNATMin: snatMin, SNATMax: snatMax,
 		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel],
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
