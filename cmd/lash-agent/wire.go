@@ -172,7 +172,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
 	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
+		Name: "datapath-ipcache", Target: marks, Desired: node.DesiredIPCache(a.tables, a.nodeCfg),
 		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{

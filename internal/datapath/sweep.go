@@ -41,6 +41,11 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	}
 	conns, nat := d.maps["lash_conn"], d.maps["lash_nat"]
 	gone := orphans{d: d, known: map[bpf.Addr]bool{}, departed: d.takeDeparted()}
+	for p := range gone.departed {
+		if !p.IsSingleIP() {
+			gone.ranges = append(gone.ranges, p)
+		}
+	}
 	whole := true // no map was changed so much that its walk was cut short
 	cutShort := func(err error) error {
 		if errors.Is(err, ebpf.ErrIterationAborted) {
@@ -149,6 +154,7 @@ type orphans struct {
 	d        *Datapath
 	known    map[bpf.Addr]bool
 	departed map[netip.Prefix]bool
+	ranges   []netip.Prefix // those of departed that are no single address
 }
 
 func (o orphans) has(a bpf.Addr) bool {
@@ -169,11 +175,7 @@ func (o orphans) look(a bpf.Addr) bool {
 		return errors.Is(o.d.maps["lash_endpoints"].Lookup(a, &ep), ebpf.ErrKeyNotExist)
 	}
 	single := netip.PrefixFrom(addr, addr.BitLen())
-	departed := o.departed[single]
-	for p := range o.departed {
-		departed = departed || p.Contains(addr)
-	}
-	if !departed && !within(addr, o.d.cfg.NativeCIDRs) {
+	if !o.departed[single] && !within(addr, o.ranges) && !within(addr, o.d.cfg.NativeCIDRs) {
 		return false
 	}
 	var e bpf.IPCacheEntry

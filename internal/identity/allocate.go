@@ -23,21 +23,29 @@ type Need struct {
 // Pending is the Desired function of the loop that allocates: the label sets of this node's pods that have no number,
 // or one that is about to go. What has one is not in it any more, and comes back if the number is lost.
 func Pending(t *state.Tables) func() reconcile.Snapshot[model.Labels, Need] {
-	inputs := []state.Input{state.From(t.PodIdentities), state.From(t.Identities)}
-	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[model.Labels]Need {
-		rows := map[model.Labels]Need{}
-		if complete, _ := t.Identities.Initialized(txn); !complete {
-			return rows // what is allocated is not known yet
-		}
-		for pod := range t.PodIdentities.All(txn) {
-			if pod.Identity == model.IdentityUnknown {
-				rows[pod.Labels] = Need{Prefer: max(rows[pod.Labels].Prefer, had(t, txn, pod))}
-			} else if id, _, ok := t.Identities.Get(txn, state.IdentityByID(pod.Identity)); ok && id.Unused {
-				rows[pod.Labels] = Need{Marked: pod.Identity}
+	rows := &state.Keyed[model.Labels, Need]{
+		Sources: []state.Source[model.Labels]{
+			state.Touches(t.DB, t.PodIdentities, func(r state.PodIdentity) []model.Labels { return []model.Labels{r.Labels} }),
+			state.Touches(t.DB, t.Identities, func(r state.Identity) []model.Labels { return []model.Labels{r.Labels} }),
+		},
+		Prepare: func(now statedb.ReadTxn) func(statedb.ReadTxn, model.Labels) (Need, bool) {
+			known, _ := t.Identities.Initialized(now)
+			return func(txn statedb.ReadTxn, labels model.Labels) (need Need, ok bool) {
+				if !known { // what is allocated
+					return need, false
+				}
+				for pod := range t.PodIdentities.List(txn, state.PodIdentitiesByLabels(labels)) {
+					if pod.Identity == model.IdentityUnknown {
+						need, ok = Need{Prefer: max(need.Prefer, had(t, txn, pod))}, true
+					} else if id, _, found := t.Identities.Get(txn, state.IdentityByID(pod.Identity)); found && id.Unused && !ok {
+						need, ok = Need{Marked: pod.Identity}, true
+					}
+				}
+				return need, ok
 			}
-		}
-		return rows
-	})
+		},
+	}
+	return rows.Desired(t.DB)
 }
 
 // had is the number with which an endpoint of the pod was restored, if its labels are still the same.

@@ -89,13 +89,13 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 	return out
 }
 
-// apiServers are the addresses behind the service default/kubernetes.
+// behindAPIServer are the slices of the service default/kubernetes: of a large cluster's slices the only ones that matter here.
+var behindAPIServer = state.SlicesByService("default/kubernetes")
+
+// apiServers are the addresses in its slices.
 func apiServers(slices []state.EndpointSlice) []netip.Addr {
 	var out []netip.Addr
 	for _, s := range slices {
-		if s.Namespace != "default" || s.Service != "kubernetes" {
-			continue
-		}
 		for _, e := range s.Endpoints {
 			out = append(out, e.Addr)
 		}
