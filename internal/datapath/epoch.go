@@ -26,24 +26,16 @@ type epochs struct {
 }
 
 // changed takes note of a change of what an address is: from before to after; nil is that nothing is known of it. What
-// another node has is forwarded alike, whether it is known to be a pod or not; what is outside is masqueraded.
+// another node has is forwarded alike, whether it is known to be a pod or not (then it is the world, by the row around
+// it); what is outside is masqueraded.
 func (e *epochs) changed(p netip.Prefix, before, after *bpf.IPCacheEntry) {
 	same := p.IsSingleIP() && before != nil && after != nil && before.Node == after.Node && before.Flags == after.Flags &&
-		(before.Identity == after.Identity || before.Node != bpf.Addr{} && (isWorld(before.Identity) || isWorld(after.Identity)))
+		(before.Identity == after.Identity || before.Node != bpf.Addr{} && (model.Identity(before.Identity).World() || model.Identity(after.Identity).World()))
 	if !same {
 		e.mu.Lock()
 		e.urgent = true
 		e.mu.Unlock()
 	}
-}
-
-// isWorld: the identity of whom nobody knows. A pod that becomes known was it, and a pod that goes is it again.
-func isWorld(id uint32) bool {
-	switch model.Identity(id) {
-	case model.IdentityWorld, model.IdentityWorldIPv4, model.IdentityWorldIPv6:
-		return true
-	}
-	return false
 }
 
 // RaiseForIPCache is Raise after changes of the ipcache: at once if one of them changed the way to an address, or the

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/model"
 )
 
 // now is the kernel's tick counter, read by the clock program.
@@ -180,9 +181,9 @@ func (o orphans) look(a bpf.Addr) bool {
 	}
 	var e bpf.IPCacheEntry
 	err := o.d.maps["lash_ipcache"].Lookup(bpf.IPCacheKeyFrom(single), &e)
-	unknown := errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && e.Identity == bpf.IdentityWorld && e.Node == (bpf.Addr{})
+	unknown := errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && model.Identity(e.Identity).World() && e.Node == (bpf.Addr{})
 	// Of a single address that departed, what is found now is the pod CIDR around it.
-	return unknown || o.departed[single] && e.Identity == bpf.IdentityWorld
+	return unknown || o.departed[single] && model.Identity(e.Identity).World()
 }
 
 func within(a netip.Addr, prefixes []netip.Prefix) bool {

@@ -136,8 +136,8 @@ func TestTunnelCarriesBothFamiliesOverEither(t *testing.T) {
 		}
 		at := map[bool]string{false: "172.18.0.2", true: "fd18::2"}[v6]
 		wantRows := []string{
-			"0.0.0.0/0 2", "10.0.1.1/32 1", "10.0.2.0/24 2 at " + at + " tunnel", "10.0.2.1/32 6 at " + at + " tunnel", "10.0.2.9/32 4 at " + at + " tunnel", "172.18.0.1/32 1", "172.18.0.2/32 6 peer",
-			"::/0 2", "fd00::101/128 1", "fd00::200/120 2 at " + at + " tunnel", "fd00::201/128 6 at " + at + " tunnel", "fd00::209/128 4 at " + at + " tunnel", "fd18::1/128 1", "fd18::2/128 6 peer",
+			"0.0.0.0/0 9", "10.0.1.1/32 1", "10.0.2.0/24 9 at " + at + " tunnel", "10.0.2.1/32 6 at " + at + " tunnel", "10.0.2.9/32 4 at " + at + " tunnel", "172.18.0.1/32 1", "172.18.0.2/32 6 peer",
+			"::/0 10", "fd00::101/128 1", "fd00::200/120 10 at " + at + " tunnel", "fd00::201/128 6 at " + at + " tunnel", "fd00::209/128 4 at " + at + " tunnel", "fd18::1/128 1", "fd18::2/128 6 peer",
 		}
 		if diff := cmp.Diff(wantRows, rowLines(ipcacheOf(cfg, nodes, devices))); diff != "" {
 			t.Errorf("IPv6 underlay %v (-want +got):\n%s", v6, diff)

@@ -230,6 +230,11 @@ func (nd *node) open(c *cluster, o options) error {
 			return err
 		}
 	}
+	for _, a := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		if err := nd.dp.IPCache().Put(ctx, netip.PrefixFrom(a, 0), model.IPCacheEntry{Identity: model.World(a, true)}); err != nil {
+			return err
+		}
+	}
 	for _, other := range c.nodes {
 		id := model.IdentityRemoteNode
 		if other == nd {
@@ -248,7 +253,7 @@ func (nd *node) open(c *cluster, o options) error {
 			node = other.ip6
 		}
 		for _, p := range []netip.Prefix{other.cidr4(), other.cidr6()} {
-			if err := nd.dp.IPCache().Put(ctx, p, model.IPCacheEntry{Identity: model.IdentityWorld, Node: node, Tunnel: true}); err != nil {
+			if err := nd.dp.IPCache().Put(ctx, p, model.IPCacheEntry{Identity: model.World(p.Addr(), true), Node: node, Tunnel: true}); err != nil {
 				return err
 			}
 		}

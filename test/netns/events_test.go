@@ -322,7 +322,7 @@ func TestDropIsToldWithReasonAndPlace(t *testing.T) {
 	ip(t, a.ns, "addr add 10.0.1.77/32 dev eth0")
 	try(a.ns, "ping", "-n", "-c", "1", "-W", "1", "-I", "10.0.1.77", b.ip4.String())
 	got := print(n, monitor.Brief, l.settle(t), func(m monitor.Message) bool { return m.Type() == monitor.TypeDrop })
-	want := `^xx drop \(Invalid source ip\) flow 0x[0-9a-f]+ to endpoint 11, ifindex lxc10, file pod\.c:\d+, , identity world->1011: 10\.0\.1\.77 -> 10\.0\.1\.11 icmp EchoRequest\n$`
+	want := `^xx drop \(Invalid source ip\) flow 0x[0-9a-f]+ to endpoint 11, ifindex lxc10, file pod\.c:\d+, , identity world-ipv4->1011: 10\.0\.1\.77 -> 10\.0\.1\.11 icmp EchoRequest\n$`
 	if !regexp.MustCompile(want).MatchString(got) {
 		t.Errorf("got  %swant %s", got, want)
 	}
