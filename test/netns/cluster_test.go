@@ -5,6 +5,7 @@
 package netns
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -96,6 +97,7 @@ type options struct {
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
 	podsPerNode   int
+	connMax       uint32 // rows of lash_conn; 0: 65536
 }
 
 // tunnelPorts are the tunnels' usual ports.
@@ -219,7 +221,7 @@ func (nd *node) open(c *cluster, o options) error {
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: 65536, ServiceMax: 1024, NoTCX: o.noTCX,
+		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
