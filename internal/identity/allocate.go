@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cilium/statedb"
 
@@ -60,8 +61,10 @@ func had(t *state.Tables, txn statedb.ReadTxn, pod state.PodIdentity) model.Iden
 
 // Store is the cluster's identities; k8s.Client is one.
 type Store interface {
-	// CreateIdentity makes the number mean the labels unless it means others. It returns what the number means now.
-	CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (model.Labels, error)
+	// CreateIdentity makes the number mean the labels, or reports that it is taken, perhaps by the same labels.
+	CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (taken bool, err error)
+	// IdentityLabels asks what the number means.
+	IdentityLabels(ctx context.Context, id model.Identity) (model.Labels, error)
 	// UseIdentity takes the operator's mark from an identity. One that is gone is no error.
 	UseIdentity(ctx context.Context, id model.Identity) error
 }
@@ -84,16 +87,20 @@ func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) erro
 	if need.Marked != model.IdentityUnknown {
 		return a.Store.UseIdentity(ctx, need.Marked)
 	}
-	txn := a.Tables.DB.ReadTxn()
 	try := func(id model.Identity) (ok bool, err error) {
-		if row, _, taken := a.Tables.Identities.Get(txn, state.IdentityByID(id)); taken {
+		if row, _, known := a.Tables.Identities.Get(a.Tables.DB.ReadTxn(), state.IdentityByID(id)); known {
 			return row.Labels == labels, nil
 		}
-		owner, err := a.Store.CreateIdentity(ctx, id, labels)
+		taken, err := a.Store.CreateIdentity(ctx, id, labels)
+		if err == nil && taken {
+			var owner model.Labels
+			owner, err = a.owner(ctx, id)
+			ok = owner == labels
+		}
 		if err != nil {
 			return false, fmt.Errorf("identity %d: %w", uint32(id), err)
 		}
-		return owner == labels, nil
+		return ok || !taken, nil
 	}
 	if need.Prefer != model.IdentityUnknown {
 		if ok, err := try(need.Prefer); ok || err != nil {
@@ -108,4 +115,25 @@ func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) erro
 		id = id.Next()
 	}
 	return errors.New("all 65280 identities of the cluster are in use: fewer labels must be security-relevant (configuration key labels)")
+}
+
+// hearsay is how long a number that another node was quicker to take is waited for to come by the watch.
+const hearsay = 200 * time.Millisecond
+
+// owner is what a number means that was taken a moment ago. Nodes that start pods of one kind at the same time all want
+// the same number; that one got it the others hear anyway, so they ask only if it does not come.
+func (a Allocator) owner(ctx context.Context, id model.Identity) (model.Labels, error) {
+	soon, cancel := context.WithTimeout(ctx, hearsay)
+	defer cancel()
+	for {
+		row, _, changed, ok := a.Tables.Identities.GetWatch(a.Tables.DB.ReadTxn(), state.IdentityByID(id))
+		if ok {
+			return row.Labels, nil
+		}
+		select {
+		case <-changed:
+		case <-soon.Done():
+			return a.Store.IdentityLabels(ctx, id)
+		}
+	}
 }
