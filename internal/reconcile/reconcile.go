@@ -65,7 +65,8 @@ type Config[K comparable, V any] struct {
 	Log     *slog.Logger
 
 	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once. It grows with
-	// the time Desired takes: under constant change that is at most a tenth.
+	// the time Desired takes to compute everything: under constant change that is at most a tenth. A partial snapshot costs
+	// what has changed, however long it takes on a machine that is busy with other things.
 	Throttle time.Duration
 	// Parallel is how many puts, and then how many deletes, run at the same time, for targets that are reached over a
 	// network; default 1. With Compare it must be 1.
@@ -145,7 +146,10 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 
 		started := time.Now()
 		snap := l.cfg.Desired()
-		throttle := max(l.cfg.Throttle, 9*time.Since(started))
+		throttle := l.cfg.Throttle
+		if !snap.Partial {
+			throttle = max(throttle, 9*time.Since(started))
+		}
 		l.pass(ctx, snap, waiters)
 		l.answer(waiters)
 		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {

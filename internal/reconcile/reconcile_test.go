@@ -392,6 +392,33 @@ func TestPartialSnapshotCostsWhatChanged(t *testing.T) {
 	})
 }
 
+// A machine that is busy with other things makes a small change take long; that is no reason to wait for nine times as long.
+func TestOnlyWholeSnapshotsAreRationed(t *testing.T) {
+	for _, partial := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			src, tgt := newTable(true, map[string]int{}), NewFault(map[string]int{})
+			src.partial = partial
+			start(t, src, tgt, func(c *Config[string, int]) {
+				c.Desired = func() Snapshot[string, int] {
+					time.Sleep(time.Second)
+					return src.desired()
+				}
+			})
+			time.Sleep(10 * time.Minute / 4)
+			src.set(true, map[string]int{"a": 1}) // the first of a burst runs at once
+			time.Sleep(1100 * time.Millisecond)
+			src.set(true, map[string]int{"a": 2})
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+			if got := tgt.Rows()["a"]; (got == 2) != partial {
+				t.Errorf("partial %v: row is %d", partial, got)
+			}
+			time.Sleep(10 * time.Second)
+			wantRows(t, tgt, map[string]int{"a": 2})
+		})
+	}
+}
+
 // slow is a target reached over a network: every write takes a second.
 type slow struct {
 	*Fault[string, int]

@@ -112,9 +112,14 @@ func (s *KeyedStage[K, Row]) Register(db *statedb.DB) *KeyedStage[K, Row] {
 func (s *KeyedStage[K, Row]) Run(ctx context.Context, db *statedb.DB) error {
 	for {
 		began := time.Now()
+		n := s.step(db)
+		settle := Settle
+		if n.all { // as long as a Stage waits; what follows a change costs what has changed
+			settle = min(max(Settle, 4*time.Since(began)), settleMax)
+		}
 		ws := statedb.NewWatchSet()
-		ws.Add(s.Step(db)...)
-		if _, err := ws.Wait(ctx, min(max(Settle, 4*time.Since(began)), settleMax)); err != nil || ctx.Err() != nil {
+		ws.Add(n.changed...)
+		if _, err := ws.Wait(ctx, settle); err != nil || ctx.Err() != nil {
 			return nil
 		}
 	}
@@ -122,6 +127,10 @@ func (s *KeyedStage[K, Row]) Run(ctx context.Context, db *statedb.DB) error {
 
 // Step computes once. It returns channels of which one is closed when there is more to compute.
 func (s *KeyedStage[K, Row]) Step(db *statedb.DB) (changed []<-chan struct{}) {
+	return s.step(db).changed
+}
+
+func (s *KeyedStage[K, Row]) step(db *statedb.DB) news[K] {
 	n := s.Rows.look(db)
 	w := db.WriteTxn(s.Out)
 	if s.write(w, n) {
@@ -129,7 +138,7 @@ func (s *KeyedStage[K, Row]) Step(db *statedb.DB) (changed []<-chan struct{}) {
 	} else {
 		w.Abort()
 	}
-	return n.changed
+	return n
 }
 
 func (s *KeyedStage[K, Row]) write(w statedb.WriteTxn, n news[K]) (changed bool) {
