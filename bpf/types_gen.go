@@ -438,6 +438,8 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityWorldIpv4  = 9
+	IdentityWorldIPv6  = 10
 	IdentityLocal      = 16777216
 )
 

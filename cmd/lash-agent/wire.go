@@ -164,13 +164,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.phase.Store(&phase{waiting: "restoring endpoints", dp: a.dp})
 
 	// 5. Loops that make the kernel equal to tables.
-	raise := func(why string) func(int, int) {
-		return func(int, int) {
-			if err := a.dp.Raise(why); err != nil {
-				log.Error("decisions of connections were not invalidated", "why", why, "error", err)
-			}
+	raised := func(why string, err error) {
+		if err != nil {
+			log.Error("decisions of connections were not invalidated", "why", why, "error", err)
 		}
 	}
+	raise := func(why string) func(int, int) { return func(int, int) { raised(why, a.dp.Raise(why)) } }
 	endpoints := reconcile.New(reconcile.Config[netip.Addr, model.LocalAddr]{
 		Name: "datapath-endpoints", Target: a.dp.Endpoints(), Desired: node.DesiredLocalAddrs(a.tables, a.nodeCfg),
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
@@ -178,8 +177,8 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
 	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
-		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
+		Name: "datapath-ipcache", Target: marks, Desired: node.DesiredIPCache(a.tables, a.nodeCfg),
+		Equal: datapath.SameIPCache, Written: func(int, int) { raised("ipcache", a.dp.RaiseForIPCache()) }, Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{
 		Name: "datapath-devices", Target: a.dp.Devices(), Desired: state.Desired(a.tables.DB, a.tables.Devices.ToTable(), state.SplitDevice),

@@ -66,8 +66,9 @@ type Datapath struct {
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
 
-	dryMu sync.Mutex // one packet is tried at a time
-	dry   *dryPrograms
+	dryMu  sync.Mutex // one packet is tried at a time
+	dry    *dryPrograms
+	epochs epochs
 }
 
 // Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
@@ -116,6 +117,11 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 // Close releases file descriptors. What is pinned and attached stays in the kernel.
 func (d *Datapath) Close() error {
 	d.closeDryRun()
+	if d.epochs.settle() {
+		if err := d.Raise("closing"); err != nil {
+			d.log.Error("decisions of connections were not invalidated", "error", err)
+		}
+	}
 	for _, p := range d.programs {
 		p.Close()
 	}
@@ -324,23 +330,6 @@ func (d *Datapath) begin() error {
 		return err
 	}
 	return d.Raise("agent started")
-}
-
-// Raise makes every connection's decisions be made again on its next packet: call it
-// after any change to endpoints, ipcache, devices, routes or neighbours.
-func (d *Datapath) Raise(why string) error {
-	var epoch uint32
-	err := d.changeRuntime(func(rt *bpf.Runtime) {
-		if rt.Epoch++; rt.Epoch == 0 { // 0 means "nothing decided"
-			rt.Epoch = 1
-		}
-		epoch = rt.Epoch
-	})
-	if err != nil {
-		return fmt.Errorf("raise epoch: %w", err)
-	}
-	d.log.Debug("epoch raised", "epoch", epoch, "why", why)
-	return nil
 }
 
 // changeRuntime changes the row that running programs read.

@@ -31,6 +31,10 @@ type Snapshot[K comparable, V any] struct {
 	Rows map[K]V
 	// Complete says that every source of the rows has been read: only then is anything deleted.
 	Complete bool
+	// Partial says that since the snapshot before no other rows than those of Touched can have changed, be it in value or in
+	// whether they are there: a pass then costs what has changed, not what there is.
+	Partial bool
+	Touched []K
 	// Changed are channels of which one is closed when the rows, or Complete, may have changed since.
 	Changed []<-chan struct{}
 }
@@ -50,7 +54,7 @@ type Health struct {
 type Config[K comparable, V any] struct {
 	Name   string
 	Target Target[K, V]
-	// Desired returns the wanted rows. The loop does not modify the map.
+	// Desired returns the wanted rows. The loop does not modify the map, and has no use for it after the next call.
 	Desired func() Snapshot[K, V]
 	Equal   func(a, b V) bool
 	// Compare, if set, orders puts; deletes go in the reverse order. Without it the order is arbitrary.
@@ -61,7 +65,8 @@ type Config[K comparable, V any] struct {
 	Log     *slog.Logger
 
 	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once. It grows with
-	// the time Desired takes: under constant change that is at most a tenth.
+	// the time Desired takes to compute everything: under constant change that is at most a tenth. A partial snapshot costs
+	// what has changed, however long it takes on a machine that is busy with other things.
 	Throttle time.Duration
 	// Parallel is how many puts, and then how many deletes, run at the same time, for targets that are reached over a
 	// network; default 1. With Compare it must be 1.
@@ -141,7 +146,10 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 
 		started := time.Now()
 		snap := l.cfg.Desired()
-		throttle := max(l.cfg.Throttle, 9*time.Since(started))
+		throttle := l.cfg.Throttle
+		if !snap.Partial {
+			throttle = max(throttle, 9*time.Since(started))
+		}
 		l.pass(ctx, snap, waiters)
 		l.answer(waiters)
 		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
@@ -219,7 +227,9 @@ func (l *Loop[K, V]) next() time.Time {
 // pass makes the target equal to the snapshot as far as it can now.
 func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []waiter[K]) {
 	now := time.Now()
+	partial := snap.Partial
 	if l.actual == nil || now.Sub(l.readAt) >= l.cfg.Reread {
+		partial = false
 		if l.actual == nil && len(waiters) == 0 && now.Before(l.listFail.at) {
 			return
 		}
@@ -240,7 +250,14 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 	// Puts before deletes, so that a lookup never misses in between.
 	var puts, deletes int
 	var write []K
-	for _, k := range l.sorted(maps.Keys(snap.Rows)) {
+	look := maps.Keys(snap.Rows)
+	if partial {
+		look = l.touched(snap)
+	}
+	for _, k := range l.sorted(look) {
+		if _, wanted := snap.Rows[k]; !wanted {
+			continue
+		}
 		have, ok := l.actual[k]
 		_, doubt := l.unknown[k]
 		if ok && !doubt && l.cfg.Equal(have, snap.Rows[k]) {
@@ -267,7 +284,11 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 	}
 
 	if snap.Complete && ctx.Err() == nil {
-		unwanted := slices.DeleteFunc(l.unwanted(snap.Rows), func(k K) bool {
+		have := l.known()
+		if partial {
+			have = l.touched(snap)
+		}
+		unwanted := slices.DeleteFunc(l.unwanted(have, snap.Rows), func(k K) bool {
 			r, ok := l.retry[k]
 			return ok && now.Before(r.at)
 		})
@@ -344,22 +365,51 @@ func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// unwanted are the rows that the target has, or may have, and that are not wanted.
-func (l *Loop[K, V]) unwanted(rows map[K]V) []K {
-	set := map[K]struct{}{}
-	for k := range l.actual {
-		if _, ok := rows[k]; !ok {
-			set[k] = struct{}{}
-		}
+// touched are the rows that a partial snapshot makes worth a look: its own, and those that earlier passes left undone.
+func (l *Loop[K, V]) touched(snap Snapshot[K, V]) iter.Seq[K] {
+	set := make(map[K]struct{}, len(snap.Touched)+len(l.retry)+len(l.unknown))
+	for _, k := range snap.Touched {
+		set[k] = struct{}{}
+	}
+	for k := range l.retry {
+		set[k] = struct{}{}
 	}
 	for k := range l.unknown {
-		if _, ok := rows[k]; !ok {
-			set[k] = struct{}{}
+		set[k] = struct{}{}
+	}
+	return maps.Keys(set)
+}
+
+// known are the rows that the target has or may have.
+func (l *Loop[K, V]) known() iter.Seq[K] {
+	return func(yield func(K) bool) {
+		for k := range l.actual {
+			if !yield(k) {
+				return
+			}
+		}
+		for k := range l.unknown {
+			if _, twice := l.actual[k]; !twice && !yield(k) {
+				return
+			}
 		}
 	}
-	keys := l.sorted(maps.Keys(set))
-	slices.Reverse(keys)
-	return keys
+}
+
+// unwanted are those of keys that the target has, or may have, and that are not wanted.
+func (l *Loop[K, V]) unwanted(keys iter.Seq[K], rows map[K]V) []K {
+	var out []K
+	for k := range keys {
+		_, wanted := rows[k]
+		_, have := l.actual[k]
+		_, doubt := l.unknown[k]
+		if !wanted && (have || doubt) {
+			out = append(out, k)
+		}
+	}
+	out = l.sorted(slices.Values(out))
+	slices.Reverse(out)
+	return out
 }
 
 func (l *Loop[K, V]) sorted(seq func(func(K) bool)) []K {

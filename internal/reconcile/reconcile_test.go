@@ -23,6 +23,9 @@ type table struct {
 	rows     map[string]int
 	complete bool
 	changed  chan struct{}
+
+	partial bool // snapshots name what differs from the one before
+	told    Snapshot[string, int]
 }
 
 func newTable(complete bool, rows map[string]int) *table {
@@ -40,7 +43,21 @@ func (t *table) set(complete bool, rows map[string]int) {
 func (t *table) desired() Snapshot[string, int] {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return Snapshot[string, int]{Rows: maps.Clone(t.rows), Complete: t.complete, Changed: []<-chan struct{}{t.changed}}
+	s := Snapshot[string, int]{Rows: maps.Clone(t.rows), Complete: t.complete, Changed: []<-chan struct{}{t.changed}}
+	before := t.told
+	t.told = s
+	if s.Partial = t.partial && before.Rows != nil && before.Complete == s.Complete; !s.Partial {
+		return s
+	}
+	for _, rows := range []map[string]int{s.Rows, before.Rows} {
+		for k := range rows {
+			now, ok := s.Rows[k]
+			if was, had := before.Rows[k]; now != was || ok != had {
+				s.Touched = append(s.Touched, k)
+			}
+		}
+	}
+	return s
 }
 
 type fixture struct {
@@ -293,7 +310,8 @@ func TestShuffledChangesAndFaultsConverge(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rng := rand.New(rand.NewPCG(seed, 1))
-				src := newTable(false, nil)
+				src := newTable(false, map[string]int{})
+				src.partial = seed%4 < 2
 				tgt := NewFault(map[string]int{"k0": 3, "k7": 1, "left": 1})
 				tgt.Leak = seed%2 == 0
 				faults := rand.New(rand.NewPCG(seed, 2)) // used under the target's lock
@@ -322,6 +340,81 @@ func TestShuffledChangesAndFaultsConverge(t *testing.T) {
 				time.Sleep(6 * time.Minute)
 				wantRows(t, tgt, rows)
 			})
+		})
+	}
+}
+
+// A pass over a partial snapshot looks at its rows and at those that failed before, and at no others.
+func TestPartialSnapshotCostsWhatChanged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rows := map[string]int{}
+		for i := range 1000 {
+			rows[fmt.Sprint("k", i)] = i
+		}
+		src, tgt := newTable(true, rows), NewFault(map[string]int{})
+		src.partial = true
+		var fail atomic.Bool
+		tgt.Fail = func(_, k string) error {
+			if fail.Load() && k == "k1" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		compared := 0
+		start(t, src, tgt, func(c *Config[string, int]) {
+			c.Equal = func(a, b int) bool { compared++; return a == b }
+		})
+		wantRows(t, tgt, rows)
+		change := func(f func()) {
+			rows = maps.Clone(rows)
+			f()
+			src.set(true, rows)
+			synctest.Wait()
+		}
+		compared = 0
+		fail.Store(true)
+		change(func() { rows["k1"], rows["new"] = -1, 5; delete(rows, "k2") })
+		change(func() { rows["k3"] = -3 })
+		if compared > 4 {
+			t.Errorf("%d rows compared", compared)
+		}
+		fail.Store(false)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		wantRows(t, tgt, rows)
+		// Listing the target anew is no reason to trust it with the rest.
+		if err := tgt.Delete(t.Context(), "k500"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		wantRows(t, tgt, rows)
+	})
+}
+
+// A machine that is busy with other things makes a small change take long; that is no reason to wait for nine times as long.
+func TestOnlyWholeSnapshotsAreRationed(t *testing.T) {
+	for _, partial := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			src, tgt := newTable(true, map[string]int{}), NewFault(map[string]int{})
+			src.partial = partial
+			start(t, src, tgt, func(c *Config[string, int]) {
+				c.Desired = func() Snapshot[string, int] {
+					time.Sleep(time.Second)
+					return src.desired()
+				}
+			})
+			time.Sleep(10 * time.Minute / 4)
+			src.set(true, map[string]int{"a": 1}) // the first of a burst runs at once
+			time.Sleep(1100 * time.Millisecond)
+			src.set(true, map[string]int{"a": 2})
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+			if got := tgt.Rows()["a"]; (got == 2) != partial {
+				t.Errorf("partial %v: row is %d", partial, got)
+			}
+			time.Sleep(10 * time.Second)
+			wantRows(t, tgt, map[string]int{"a": 2})
 		})
 	}
 }

@@ -26,6 +26,14 @@ func From[Row any](tbl statedb.Table[Row]) Input {
 	}}
 }
 
+// FromSome makes what a query finds in a table an input.
+func FromSome[Row any](tbl statedb.Table[Row], q statedb.Query[Row]) Input {
+	return Input{tbl, func(txn statedb.ReadTxn) <-chan struct{} {
+		_, ch := tbl.ListWatch(txn, q)
+		return ch
+	}}
+}
+
 // Settle is how long a stage waits for more changes after the first one, so that a burst is computed once. A stage that
 // takes long to compute waits longer: under constant change it uses at most a fifth of a CPU.
 const (
