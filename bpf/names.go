@@ -12,7 +12,7 @@ var dropNames = map[uint8]string{
 	DropNoFragment: "First logical datagram fragment not found", DropICMPv6: "Forbidden ICMPv6 message", DropUnsupportedL2: "Unsupported L2 protocol",
 	DropTunnelKey: "Tunnel key error", DropInvalidIdentity: "Invalid identity", DropUnknownSender: "Unknown sender",
 	DropNoService: "Service backend not found", DropClusterIP: "Is a ClusterIP", DropSourceRange: "Denied by LB src range check",
-	DropTTL: "TTL exceeded",
+	DropTTL:  "TTL exceeded",
 	DropVLAN: "VLAN traffic disallowed by VLAN filter", DropNoEndpoint: "Endpoint program not available",
 }
 

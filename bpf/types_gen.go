@@ -523,7 +523,9 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
-	IdentityApiserver  = 7
+	IdentityAPIServer  = 7
+	IdentityWorldIpv4  = 9
+	IdentityWorldIPv6  = 10
 	IdentityLocal      = 16777216
 )
 

@@ -52,6 +52,8 @@ var rules = []rule{
 	{"internal/datapath", []string{"bpf", "internal/datapath", "internal/model", "internal/state", "internal/reconcile"}, []string{ebpf, netlink, xsys, statedb}},
 	{"internal/monitor", []string{"bpf", "internal/model"}, []string{"github.com/gopacket/"}},
 	{"internal/events", []string{"internal/monitor"}, []string{xsys}},
+	// It reads everything that forwarding depends on, and writes nothing.
+	{"internal/explain", []string{"api", "bpf", "internal/datapath", "internal/model", "internal/monitor", "internal/state"}, []string{statedb, xsys, "github.com/gopacket/"}},
 	{"internal/flow", []string{"bpf", "api", "internal/model", "internal/state"}, []string{ebpf, statedb}},
 	{"internal/cni", []string{"api", "internal/model"}, []string{xsys}},
 	// The datapath only through interfaces that these define.

@@ -19,6 +19,7 @@
 //	GET /v1/bpf/NAME          Table; NAME is net, endpoint, ct, ipcache, lb, nat or metrics
 //	GET /v1/db                []TableInfo
 //	GET /v1/db/TABLE          Table
+//	POST /v1/explain          ExplainRequest in, Explanation out
 //	GET /v1/version           Version
 //
 // An error is answered with its status code and an Error.

@@ -277,7 +277,7 @@ func goType(t btf.Type) string {
 	}
 }
 
-var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip": "IP", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN", "lb": "LB", "dnat": "DNAT", "dsr": "DSR", "nodeport": "NodePort"}
+var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip": "IP", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN", "lb": "LB", "apiserver": "APIServer", "dnat": "DNAT", "dsr": "DSR", "nodeport": "NodePort"}
 
 func camel(name string) string {
 	var b strings.Builder

@@ -11,8 +11,14 @@
 
 enum identity {
 	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6, IDENTITY_APISERVER = 7,
+	IDENTITY_WORLD_IPV4 = 9, IDENTITY_WORLD_IPV6 = 10, /* the world, on nodes with both families */
 	IDENTITY_LOCAL = 1 << 24, /* from here on this node's own: CIDRs outside of the cluster */
 };
+
+static __always_inline bool is_world(__u32 identity)
+{
+	return identity == IDENTITY_WORLD || identity == IDENTITY_WORLD_IPV4 || identity == IDENTITY_WORLD_IPV6;
+}
 
 /* l4_checksum: where the packet's L4 checksum is, and whether it covers the addresses. */
 static __always_inline __u32 l4_checksum(const struct pkt *p, __u64 *flags)
@@ -169,7 +175,7 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 		return false;
 	}
 	e = ipcache_of(dst);
-	return !e || ((e->identity == IDENTITY_WORLD || e->identity >= IDENTITY_LOCAL) && addr_zero(&e->node)) ||
+	return !e || ((is_world(e->identity) || e->identity >= IDENTITY_LOCAL) && addr_zero(&e->node)) ||
 	       (cfg_overlay_ifindex && (e->flags & IPCACHE_PEER));
 }
 

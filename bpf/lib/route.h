@@ -149,14 +149,15 @@ static __always_inline void decide_egress(struct conn_dir *d, __u32 in, const st
 	d->deadline = ticks() + cfg_hz;
 }
 
-/* Through the tunnel. Which prefixes, and to where, the agent says: no route is asked. */
+/* Through the tunnel. Which prefixes, and to where, the agent says: no route is asked.
+ * On the wire there is one world, whatever families the two nodes have. */
 static __always_inline void decide_tunnel(struct conn_dir *d, __u32 in, const struct addr *node, __u32 identity)
 {
 	__builtin_memset(d, 0, sizeof(*d));
 	d->in = in;
 	d->action = ACTION_TUNNEL;
 	d->out_ifindex = cfg_overlay_ifindex;
-	d->vni = identity;
+	d->vni = is_world(identity) ? IDENTITY_WORLD : identity;
 	d->node = *node;
 	d->deadline = ticks() + FOREVER;
 }

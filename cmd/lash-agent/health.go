@@ -11,6 +11,7 @@ import (
 
 	api "github.com/lash-net/lash/api/agent"
 	"github.com/lash-net/lash/internal/datapath/netdev"
+	"github.com/lash-net/lash/internal/explain"
 	"github.com/lash-net/lash/internal/health"
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/state"
@@ -39,6 +40,7 @@ func (a *agent) startHealth(g *group) {
 // healthResponder answers at the node's own addresses.
 func (a *agent) healthResponder(g *group) *state.Task {
 	r := health.NewResponder(uint16(a.cfg.ClusterHealthPort), a.log)
+	r.Handle("POST "+explain.PathHop, a.explain)
 	context.AfterFunc(g.ctx, func() { r.Close() })
 	return &state.Task{
 		Name:   taskHealthResponder,

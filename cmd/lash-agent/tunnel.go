@@ -190,7 +190,7 @@ func (r *recorded[V]) note(rows map[netip.Prefix]V, all bool) error {
 		}
 	}
 	for p, v := range rows {
-		if !p.IsSingleIP() && p.Bits() > 0 {
+		if aboutTunnel(p) {
 			paths[p] = v
 		}
 	}
@@ -235,9 +235,6 @@ func (r *recorded[V]) List(ctx context.Context) (map[netip.Prefix]V, error) {
 // claim notes a step that would leave a prefix routed and not marked, were the other loop to take its own at the same
 // time, before it is done: the one that comes second is refused, and looks again.
 func (r *recorded[V]) claim(p netip.Prefix, v V) error {
-	if p.IsSingleIP() || p.Bits() == 0 {
-		return nil
-	}
 	txn := r.tables.DB.WriteTxn(r.tables.TunnelPaths)
 	defer txn.Abort()
 	before, _, _ := r.tables.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
@@ -263,7 +260,13 @@ func (r *recorded[V]) claim(p netip.Prefix, v V) error {
 	return err
 }
 
+// aboutTunnel: the prefix may be another node's pod CIDR. Single addresses, of which there are ten thousands, are not noted.
+func aboutTunnel(p netip.Prefix) bool { return !p.IsSingleIP() && p.Bits() > 0 }
+
 func (r *recorded[V]) Put(ctx context.Context, p netip.Prefix, v V) error {
+	if !aboutTunnel(p) {
+		return r.Target.Put(ctx, p, v)
+	}
 	if err := r.claim(p, v); err != nil {
 		return err
 	}
@@ -274,6 +277,9 @@ func (r *recorded[V]) Put(ctx context.Context, p netip.Prefix, v V) error {
 }
 
 func (r *recorded[V]) Delete(ctx context.Context, p netip.Prefix) error {
+	if !aboutTunnel(p) {
+		return r.Target.Delete(ctx, p)
+	}
 	var none V
 	if err := r.claim(p, none); err != nil {
 		return err
@@ -282,9 +288,4 @@ func (r *recorded[V]) Delete(ctx context.Context, p netip.Prefix) error {
 		return err
 	}
 	return r.note(map[netip.Prefix]V{p: none}, false)
-}
-
-// desiredIPCache is what the ipcache is to hold.
-func (a *agent) desiredIPCache() func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
-	return node.DesiredIPCache(a.tables, a.nodeCfg, a.tables.Addresses, state.From(a.tables.IPCache.ToTable()), state.From(a.tables.CiliumEndpoints.ToTable()))
 }

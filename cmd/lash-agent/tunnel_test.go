@@ -72,7 +72,7 @@ func (k *fakeKernel) reconcile(t *testing.T, a *agent) (stop func()) {
 	stages := node.NewStages(tables, a.nodeCfg)
 	marks := record(tables, fakeTarget[model.IPCacheEntry]{k, k.rows}, func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
 	ways := record(tables, fakeTarget[model.Route]{k, k.routes}, func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
-	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: a.desiredIPCache(), Equal: datapath.SameIPCache})
+	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{Name: "ipcache", Target: marks, Desired: node.DesiredIPCache(a.tables, a.nodeCfg), Equal: datapath.SameIPCache})
 	routes := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
 		Name: "routes", Target: ways, Equal: reconcile.Comparable[model.Route], Desired: state.Desired(tables.DB, tables.Routes.ToTable(), state.Route.Split),
 	})

@@ -19,6 +19,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/endpoint"
 	"github.com/lash-net/lash/internal/events"
+	"github.com/lash-net/lash/internal/explain"
 	"github.com/lash-net/lash/internal/health"
 	"github.com/lash-net/lash/internal/identity"
 	"github.com/lash-net/lash/internal/ipam"
@@ -53,6 +54,7 @@ type agent struct {
 	dp      *datapath.Datapath // nil until the node has its addresses
 	eps     *endpoint.Endpoints
 	prober  *health.Prober
+	explain *explain.Explainer
 
 	monitoring *monitoring
 	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
@@ -93,10 +95,14 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.prober = health.NewProber(health.Config{Tables: a.tables, Port: uint16(cfg.ClusterHealthPort), Log: log})
 	a.chooseHostRouting()
 	a.monitoring = newMonitoring(cfg)
+	a.explain = &explain.Explainer{
+		Tables: a.tables, Datapath: func() *datapath.Datapath { return a.phase.Load().dp }, Sockets: a.attached.Load,
+		Peers: explain.Remote{Port: uint16(cfg.ClusterHealthPort)},
+	}
 	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
 	g.start("endpoint-log", endpointLog.Run)
 	srv := server.New(server.Config{
-		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, EndpointLog: endpointLog, Log: log,
+		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, Explain: a.explain, EndpointLog: endpointLog, Log: log,
 	})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
 	g.start("health", func(ctx context.Context) error { return srv.ServeHealth(ctx, cfg.AgentHealthPort) })
@@ -157,13 +163,12 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.phase.Store(&phase{waiting: "restoring endpoints", dp: a.dp})
 
 	// 5. Loops that make the kernel equal to tables.
-	raise := func(why string) func(int, int) {
-		return func(int, int) {
-			if err := a.dp.Raise(why); err != nil {
-				log.Error("decisions of connections were not invalidated", "why", why, "error", err)
-			}
+	raised := func(why string, err error) {
+		if err != nil {
+			log.Error("decisions of connections were not invalidated", "why", why, "error", err)
 		}
 	}
+	raise := func(why string) func(int, int) { return func(int, int) { raised(why, a.dp.Raise(why)) } }
 	endpoints := reconcile.New(reconcile.Config[netip.Addr, model.LocalAddr]{
 		Name: "datapath-endpoints", Target: a.dp.Endpoints(), Desired: node.DesiredLocalAddrs(a.tables, a.nodeCfg),
 		Equal: reconcile.Comparable[model.LocalAddr], Written: raise("endpoints"), Report: a.tables.Report, Log: log,
@@ -171,8 +176,8 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	marks := record(a.tables, a.dp.IPCache(), func(p *state.TunnelPath, v model.IPCacheEntry) { p.Marked = v.Tunnel })
 	ways := record(a.tables, a.host.Routes(), func(p *state.TunnelPath, v model.Route) { p.Routed = intoTunnel(v) })
 	ipcache := reconcile.New(reconcile.Config[netip.Prefix, model.IPCacheEntry]{
-		Name: "datapath-ipcache", Target: marks, Desired: a.desiredIPCache(),
-		Equal: datapath.SameIPCache, Written: raise("ipcache"), Report: a.tables.Report, Log: log, Throttle: rowThrottle,
+		Name: "datapath-ipcache", Target: marks, Desired: node.DesiredIPCache(a.tables, a.nodeCfg),
+		Equal: datapath.SameIPCache, Written: func(int, int) { raised("ipcache", a.dp.RaiseForIPCache()) }, Report: a.tables.Report, Log: log, Throttle: rowThrottle,
 	})
 	devices := reconcile.New(reconcile.Config[int, model.Device]{
 		Name: "datapath-devices", Target: a.dp.Devices(), Desired: state.Desired(a.tables.DB, a.tables.Devices.ToTable(), state.SplitDevice),

@@ -63,11 +63,20 @@ func (c *client) get(ctx context.Context, path string, out any) error {
 
 // patch sends in and decodes the answer into out.
 func (c *client) patch(ctx context.Context, path string, in, out any) error {
+	return c.send(ctx, http.MethodPatch, path, in, out)
+}
+
+// post does so, too.
+func (c *client) post(ctx context.Context, path string, in, out any) error {
+	return c.send(ctx, http.MethodPost, path, in, out)
+}
+
+func (c *client) send(ctx context.Context, method, path string, in, out any) error {
 	b, err := json.Marshal(in)
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPatch, "http://lash"+path, bytes.NewReader(b))
+	req, err := http.NewRequestWithContext(ctx, method, "http://lash"+path, bytes.NewReader(b))
 	if err != nil {
 		return err
 	}

@@ -77,7 +77,7 @@ type Config struct {
 	CgroupRoot                string         `key:"cgroup-root" default:"" section:"Datapath" doc:"Control group (version 2) for the socket programs. Empty: the root of the mounted hierarchy as the agent sees it."`
 	EnableHealthChecking      bool           `key:"enable-health-checking" default:"true" section:"Health" doc:"Answer other nodes' probes, and probe every node: address and health endpoint, ICMP and HTTP."`
 	EnableHealthEndpoint      bool           `key:"enable-endpoint-health-checking" default:"true" section:"Health" doc:"Give each node a health endpoint, lxc_health, with an address of the node's pod CIDRs."`
-	ClusterHealthPort         int            `key:"cluster-health-port" default:"4240" section:"Health" doc:"TCP port on which nodes and health endpoints answer probes; the same on all nodes."`
+	ClusterHealthPort         int            `key:"cluster-health-port" default:"4240" section:"Health" doc:"TCP port on which nodes and health endpoints answer probes, and agents each other's questions for lash explain; the same on all nodes."`
 	Debug                     bool           `key:"debug" default:"false" section:"Agent" doc:"Log details."`
 	DebugVerbose              []string       `key:"debug-verbose" default:"" section:"Agent" doc:"Parts that log still more, separated by commas or spaces. datapath: debug events of the BPF programs."`
 	AgentHealthPort           int            `key:"agent-health-port" default:"9879" section:"Agent" doc:"Port of the agent's /healthz on 127.0.0.1."`

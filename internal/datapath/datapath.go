@@ -77,6 +77,10 @@ type Datapath struct {
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
 	services *ServicePorts
+
+	dryMu  sync.Mutex // one packet is tried at a time
+	dry    *dryPrograms
+	epochs epochs
 }
 
 // Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
@@ -124,6 +128,12 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 
 // Close releases file descriptors. What is pinned and attached stays in the kernel.
 func (d *Datapath) Close() error {
+	d.closeDryRun()
+	if d.epochs.settle() {
+		if err := d.Raise("closing"); err != nil {
+			d.log.Error("decisions of connections were not invalidated", "error", err)
+		}
+	}
 	for _, p := range d.programs {
 		p.Close()
 	}
@@ -229,35 +239,50 @@ func ticksPerSecond() (uint32, error) {
 }
 
 func (d *Datapath) load(object string, constants *bpf.Constants) error {
-	spec, err := bpf.Load(object)
+	coll, err := loadObject(object, constants, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+		if d.maps[name] == nil {
+			m, err := d.openMap(name, spec)
+			if err != nil {
+				return nil, err
+			}
+			d.maps[name] = m
+		}
+		return d.maps[name], nil
+	})
 	if err != nil {
 		return err
-	}
-	if err := bpf.Specialise(spec, constants); err != nil {
-		return fmt.Errorf("object %s: %w", object, err)
-	}
-	shared := map[string]*ebpf.Map{}
-	for name, m := range spec.Maps {
-		if !isOurs(name) {
-			continue
-		}
-		if d.maps[name] == nil {
-			if d.maps[name], err = d.openMap(name, m); err != nil {
-				return err
-			}
-		}
-		shared[name] = d.maps[name]
-		m.MaxEntries = d.maps[name].MaxEntries()
-	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
-	if err != nil {
-		return fmt.Errorf("load object %s: %w", object, err)
 	}
 	defer coll.Close()
 	for name := range coll.Programs {
 		d.programs[name] = coll.DetachProgram(name)
 	}
 	return nil
+}
+
+// loadObject loads an object's programs, with these constants and with the maps that pick chooses for Lash's own.
+func loadObject(object string, constants *bpf.Constants, pick func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error)) (*ebpf.Collection, error) {
+	spec, err := bpf.Load(object)
+	if err != nil {
+		return nil, err
+	}
+	if err := bpf.Specialise(spec, constants); err != nil {
+		return nil, fmt.Errorf("object %s: %w", object, err)
+	}
+	chosen := map[string]*ebpf.Map{}
+	for name, m := range spec.Maps {
+		if !isOurs(name) {
+			continue
+		}
+		if chosen[name], err = pick(name, m); err != nil {
+			return nil, err
+		}
+		m.MaxEntries = chosen[name].MaxEntries()
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: chosen})
+	if err != nil {
+		return nil, fmt.Errorf("load object %s: %w", object, err)
+	}
+	return coll, nil
 }
 
 func isOurs(mapName string) bool { return len(mapName) > 5 && mapName[:5] == "lash_" }
@@ -335,23 +360,6 @@ func (d *Datapath) begin() error {
 		return err
 	}
 	return d.Raise("agent started")
-}
-
-// Raise makes every connection's decisions be made again on its next packet: call it
-// after any change to endpoints, ipcache, devices, routes or neighbours.
-func (d *Datapath) Raise(why string) error {
-	var epoch uint32
-	err := d.changeRuntime(func(rt *bpf.Runtime) {
-		if rt.Epoch++; rt.Epoch == 0 { // 0 means "nothing decided"
-			rt.Epoch = 1
-		}
-		epoch = rt.Epoch
-	})
-	if err != nil {
-		return fmt.Errorf("raise epoch: %w", err)
-	}
-	d.log.Debug("epoch raised", "epoch", epoch, "why", why)
-	return nil
 }
 
 // changeRuntime changes the row that running programs read.

@@ -160,9 +160,14 @@ func (t ipcache) Put(_ context.Context, p netip.Prefix, v model.IPCacheEntry) er
 	if v.Peer {
 		row.Flags |= bpf.IPCachePeer
 	}
+	before, err := t.lookup(p)
+	if err != nil {
+		return err
+	}
 	if err := t.d.maps["lash_ipcache"].Put(bpf.IPCacheKeyFrom(p), &row); err != nil {
 		return fmt.Errorf("ipcache %s: %w", p, err)
 	}
+	t.d.epochs.changed(p, before, &row)
 	t.d.mu.Lock()
 	defer t.d.mu.Unlock()
 	delete(t.d.departed, p)
@@ -170,13 +175,34 @@ func (t ipcache) Put(_ context.Context, p netip.Prefix, v model.IPCacheEntry) er
 }
 
 func (t ipcache) Delete(_ context.Context, p netip.Prefix) error {
+	before, err := t.lookup(p)
+	if err != nil {
+		return err
+	}
 	if err := remove(t.d.maps["lash_ipcache"], bpf.IPCacheKeyFrom(p)); err != nil {
 		return fmt.Errorf("ipcache %s: %w", p, err)
 	}
+	after, err := t.lookup(p)
+	if err != nil {
+		return err
+	}
+	t.d.epochs.changed(p, before, after)
 	t.d.mu.Lock()
 	defer t.d.mu.Unlock()
 	t.d.departed[p] = true
 	return nil
+}
+
+// lookup is what programs find for the first address of p, nil if nothing.
+func (t ipcache) lookup(p netip.Prefix) (*bpf.IPCacheEntry, error) {
+	var row bpf.IPCacheEntry
+	switch err := t.d.maps["lash_ipcache"].Lookup(bpf.IPCacheKeyFrom(netip.PrefixFrom(p.Addr(), p.Addr().BitLen())), &row); {
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("ipcache %s: %w", p, err)
+	}
+	return &row, nil
 }
 
 type devices struct{ d *Datapath }

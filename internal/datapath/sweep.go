@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/model"
 )
 
 // now is the kernel's tick counter, read by the clock program.
@@ -42,6 +43,11 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	}
 	conns, nat := d.maps["lash_conn"], d.maps["lash_nat"]
 	gone := orphans{d: d, known: map[bpf.Addr]bool{}, departed: d.takeDeparted()}
+	for p := range gone.departed {
+		if !p.IsSingleIP() {
+			gone.ranges = append(gone.ranges, p)
+		}
+	}
 	whole := true // no map was changed so much that its walk was cut short
 	cutShort := func(err error) error {
 		if errors.Is(err, ebpf.ErrIterationAborted) {
@@ -180,6 +186,7 @@ type orphans struct {
 	d        *Datapath
 	known    map[bpf.Addr]bool
 	departed map[netip.Prefix]bool
+	ranges   []netip.Prefix // those of departed that are no single address
 }
 
 // of tells whether a side of the connection is gone. Of a service's connection that is the backend's, not the frontend's.
@@ -209,18 +216,14 @@ func (o orphans) look(a bpf.Addr) bool {
 		return errors.Is(o.d.maps["lash_endpoints"].Lookup(a, &ep), ebpf.ErrKeyNotExist)
 	}
 	single := netip.PrefixFrom(addr, addr.BitLen())
-	departed := o.departed[single]
-	for p := range o.departed {
-		departed = departed || p.Contains(addr)
-	}
-	if !departed && !within(addr, o.d.cfg.NativeCIDRs) {
+	if !o.departed[single] && !within(addr, o.ranges) && !within(addr, o.d.cfg.NativeCIDRs) {
 		return false
 	}
 	var e bpf.IPCacheEntry
 	err := o.d.maps["lash_ipcache"].Lookup(bpf.IPCacheKeyFrom(single), &e)
-	unknown := errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && e.Identity == bpf.IdentityWorld && e.Node == (bpf.Addr{})
+	unknown := errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && model.Identity(e.Identity).World() && e.Node == (bpf.Addr{})
 	// Of a single address that departed, what is found now is the pod CIDR around it.
-	return unknown || o.departed[single] && e.Identity == bpf.IdentityWorld
+	return unknown || o.departed[single] && model.Identity(e.Identity).World()
 }
 
 func within(a netip.Addr, prefixes []netip.Prefix) bool {

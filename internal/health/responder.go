@@ -20,6 +20,7 @@ const hello = "/hello"
 // Responder answers probes on some addresses.
 type Responder struct {
 	port   uint16
+	mux    *http.ServeMux
 	server *http.Server
 
 	mu        sync.Mutex
@@ -33,11 +34,15 @@ func NewResponder(port uint16, log *slog.Logger) *Responder {
 	mux.HandleFunc("GET "+hello, func(http.ResponseWriter, *http.Request) {})
 	// Whoever reaches the node reaches this port: nobody is waited for or listened to for long.
 	const patience = 5 * time.Second
-	return &Responder{port: port, listeners: map[netip.Addr]net.Listener{}, server: &http.Server{
+	return &Responder{port: port, mux: mux, listeners: map[netip.Addr]net.Listener{}, server: &http.Server{
 		Handler: mux, ReadTimeout: patience, WriteTimeout: patience, IdleTimeout: 6 * patience, MaxHeaderBytes: 4 << 10,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}}
 }
+
+// Handle makes the responder answer something else, too: nodes let each other through to this port. To be called before
+// Listen.
+func (r *Responder) Handle(pattern string, h http.Handler) { r.mux.Handle(pattern, h) }
 
 // Listen makes the responder answer on addrs and on no others. It goes on after an address that cannot be listened on.
 func (r *Responder) Listen(addrs ...netip.Addr) error {

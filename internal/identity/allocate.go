@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cilium/statedb"
 
@@ -23,21 +24,29 @@ type Need struct {
 // Pending is the Desired function of the loop that allocates: the label sets of this node's pods that have no number,
 // or one that is about to go. What has one is not in it any more, and comes back if the number is lost.
 func Pending(t *state.Tables) func() reconcile.Snapshot[model.Labels, Need] {
-	inputs := []state.Input{state.From(t.PodIdentities), state.From(t.Identities)}
-	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[model.Labels]Need {
-		rows := map[model.Labels]Need{}
-		if complete, _ := t.Identities.Initialized(txn); !complete {
-			return rows // what is allocated is not known yet
-		}
-		for pod := range t.PodIdentities.All(txn) {
-			if pod.Identity == model.IdentityUnknown {
-				rows[pod.Labels] = Need{Prefer: max(rows[pod.Labels].Prefer, had(t, txn, pod))}
-			} else if id, _, ok := t.Identities.Get(txn, state.IdentityByID(pod.Identity)); ok && id.Unused {
-				rows[pod.Labels] = Need{Marked: pod.Identity}
+	rows := &state.Keyed[model.Labels, Need]{
+		Sources: []state.Source[model.Labels]{
+			state.Touches(t.DB, t.PodIdentities, func(r state.PodIdentity) []model.Labels { return []model.Labels{r.Labels} }),
+			state.Touches(t.DB, t.Identities, func(r state.Identity) []model.Labels { return []model.Labels{r.Labels} }),
+		},
+		Prepare: func(now statedb.ReadTxn) func(statedb.ReadTxn, model.Labels) (Need, bool) {
+			known, _ := t.Identities.Initialized(now)
+			return func(txn statedb.ReadTxn, labels model.Labels) (need Need, ok bool) {
+				if !known { // what is allocated
+					return need, false
+				}
+				for pod := range t.PodIdentities.List(txn, state.PodIdentitiesByLabels(labels)) {
+					if pod.Identity == model.IdentityUnknown {
+						need, ok = Need{Prefer: max(need.Prefer, had(t, txn, pod))}, true
+					} else if id, _, found := t.Identities.Get(txn, state.IdentityByID(pod.Identity)); found && id.Unused && !ok {
+						need, ok = Need{Marked: pod.Identity}, true
+					}
+				}
+				return need, ok
 			}
-		}
-		return rows
-	})
+		},
+	}
+	return rows.Desired(t.DB)
 }
 
 // had is the number with which an endpoint of the pod was restored, if its labels are still the same.
@@ -52,8 +61,10 @@ func had(t *state.Tables, txn statedb.ReadTxn, pod state.PodIdentity) model.Iden
 
 // Store is the cluster's identities; k8s.Client is one.
 type Store interface {
-	// CreateIdentity makes the number mean the labels unless it means others. It returns what the number means now.
-	CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (model.Labels, error)
+	// CreateIdentity makes the number mean the labels, or reports that it is taken, perhaps by the same labels.
+	CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (taken bool, err error)
+	// IdentityLabels asks what the number means.
+	IdentityLabels(ctx context.Context, id model.Identity) (model.Labels, error)
 	// UseIdentity takes the operator's mark from an identity. One that is gone is no error.
 	UseIdentity(ctx context.Context, id model.Identity) error
 }
@@ -76,16 +87,20 @@ func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) erro
 	if need.Marked != model.IdentityUnknown {
 		return a.Store.UseIdentity(ctx, need.Marked)
 	}
-	txn := a.Tables.DB.ReadTxn()
 	try := func(id model.Identity) (ok bool, err error) {
-		if row, _, taken := a.Tables.Identities.Get(txn, state.IdentityByID(id)); taken {
+		if row, _, known := a.Tables.Identities.Get(a.Tables.DB.ReadTxn(), state.IdentityByID(id)); known {
 			return row.Labels == labels, nil
 		}
-		owner, err := a.Store.CreateIdentity(ctx, id, labels)
+		taken, err := a.Store.CreateIdentity(ctx, id, labels)
+		if err == nil && taken {
+			var owner model.Labels
+			owner, err = a.owner(ctx, id)
+			ok = owner == labels
+		}
 		if err != nil {
 			return false, fmt.Errorf("identity %d: %w", uint32(id), err)
 		}
-		return owner == labels, nil
+		return ok || !taken, nil
 	}
 	if need.Prefer != model.IdentityUnknown {
 		if ok, err := try(need.Prefer); ok || err != nil {
@@ -100,4 +115,25 @@ func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) erro
 		id = id.Next()
 	}
 	return errors.New("all 65280 identities of the cluster are in use: fewer labels must be security-relevant (configuration key labels)")
+}
+
+// hearsay is how long a number that another node was quicker to take is waited for to come by the watch.
+const hearsay = 200 * time.Millisecond
+
+// owner is what a number means that was taken a moment ago. Nodes that start pods of one kind at the same time all want
+// the same number; that one got it the others hear anyway, so they ask only if it does not come.
+func (a Allocator) owner(ctx context.Context, id model.Identity) (model.Labels, error) {
+	soon, cancel := context.WithTimeout(ctx, hearsay)
+	defer cancel()
+	for {
+		row, _, changed, ok := a.Tables.Identities.GetWatch(a.Tables.DB.ReadTxn(), state.IdentityByID(id))
+		if ok {
+			return row.Labels, nil
+		}
+		select {
+		case <-changed:
+		case <-soon.Done():
+			return a.Store.IdentityLabels(ctx, id)
+		}
+	}
 }

@@ -28,6 +28,7 @@ type api struct {
 	agents []chan change
 	fail   float64
 	calls  int
+	asked  int
 	unused []model.Identity // marks taken away
 }
 
@@ -44,23 +45,33 @@ func (a *api) publish(c change) {
 	}
 }
 
-func (a *api) CreateIdentity(_ context.Context, id model.Identity, labels model.Labels) (model.Labels, error) {
+func (a *api) CreateIdentity(_ context.Context, id model.Identity, labels model.Labels) (taken bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.calls++
 	if rand.Float64() < a.fail {
-		return "", errAPI
+		return false, errAPI
 	}
-	if row, ok := a.rows[id]; ok {
-		return row.Labels, nil
+	if _, ok := a.rows[id]; ok {
+		return true, nil
 	}
 	a.clock++
 	a.rows[id] = state.Identity{ID: id, Labels: labels, Created: a.clock}
 	a.publish(change{row: a.rows[id]})
 	if rand.Float64() < a.fail {
-		return "", errAPI // it took effect all the same
+		return false, errAPI // it took effect all the same
 	}
-	return labels, nil
+	return false, nil
+}
+
+func (a *api) IdentityLabels(_ context.Context, id model.Identity) (model.Labels, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.asked++
+	if row, ok := a.rows[id]; ok && rand.Float64() >= a.fail {
+		return row.Labels, nil
+	}
+	return "", errAPI
 }
 
 func (a *api) UseIdentity(_ context.Context, id model.Identity) error {
@@ -298,6 +309,26 @@ func TestNothingIsAllocatedBlindly(t *testing.T) {
 	w.Commit()
 	if snap := Pending(tables)(); len(snap.Rows) != 1 || !snap.Complete {
 		t.Errorf("%+v", snap)
+	}
+}
+
+// Of nodes that want the same number at once all but one come too late. They hear who got it; asking is for when they do not.
+func TestWhoComesTooLateHearsWhoHasTheNumber(t *testing.T) {
+	for _, heard := range []bool{true, false} {
+		tables := newTables(t)
+		a := &api{rows: map[model.Identity]state.Identity{server.Number(): {ID: server.Number(), Labels: server}}}
+		if heard {
+			go func() {
+				time.Sleep(20 * time.Millisecond)
+				state.Insert(tables.DB, tables.Identities, a.rows[server.Number()])
+			}()
+		}
+		if err := (Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{}); err != nil {
+			t.Fatal(err)
+		}
+		if a.calls != 1 || len(a.rows) != 1 || (a.asked > 0) == heard {
+			t.Errorf("heard %v: %d creations, %d questions, %d identities", heard, a.calls, a.asked, len(a.rows))
+		}
 	}
 }
 

@@ -20,31 +20,42 @@ type Config struct {
 }
 
 // Stage keeps pod-identities: one row a pod of this node that has, or will have, a network of its own.
-func Stage(t *state.Tables, cfg Config) *state.Stage[state.PodIdentity] {
+func Stage(t *state.Tables, cfg Config) *state.KeyedStage[string, state.PodIdentity] {
 	l := labeler{cfg: cfg}
-	s := &state.Stage[state.PodIdentity]{
-		Name:   "pod-identities",
-		Out:    t.PodIdentities,
-		Inputs: []state.Input{state.From(t.Pods), state.From(t.Namespaces), state.From(t.Identities)},
-		Compute: func(txn statedb.ReadTxn, _ bool) []state.PodIdentity {
-			namespaces := map[string]state.Namespace{}
-			for ns := range t.Namespaces.All(txn) {
-				namespaces[ns.Name] = ns
-			}
-			rows := make([]state.PodIdentity, 0, t.Pods.NumObjects(txn))
-			for pod := range t.Pods.All(txn) {
-				ns, ok := namespaces[pod.Namespace]
-				if !ok || pod.HostNetwork || pod.Ended() { // a namespace that is not known yet will be
-					continue
+	s := &state.KeyedStage[string, state.PodIdentity]{
+		Name: "pod-identities",
+		Out:  t.PodIdentities,
+		Rows: state.Keyed[string, state.PodIdentity]{
+			Sources: []state.Source[string]{
+				state.Touches(t.DB, t.Pods, func(r state.Pod) []string { return []string{r.Key()} }),
+				state.TouchesBy(t.DB, t.Identities, func(r state.Identity) []model.Labels { return []model.Labels{r.Labels} },
+					func(txn statedb.ReadTxn, l model.Labels, touched map[string]struct{}) {
+						for r := range t.PodIdentities.List(txn, state.PodIdentitiesByLabels(l)) {
+							touched[r.Key()] = struct{}{}
+						}
+					}),
+				state.Resets[string](t.Namespaces),
+			},
+			Prepare: func(now statedb.ReadTxn) func(statedb.ReadTxn, string) (state.PodIdentity, bool) {
+				namespaces := map[string]state.Namespace{}
+				for ns := range t.Namespaces.All(now) {
+					namespaces[ns.Name] = ns
 				}
-				row := state.PodIdentity{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, Mirror: pod.Mirror, Labels: l.labels(pod, ns)}
-				if id, ok := t.IdentityOf(txn, row.Labels); ok {
-					row.Identity = id.ID
+				return func(txn statedb.ReadTxn, key string) (row state.PodIdentity, ok bool) {
+					pod, _, ok := t.Pods.Get(txn, state.PodByName(key))
+					ns, known := namespaces[pod.Namespace]
+					if !ok || !known || pod.HostNetwork || pod.Ended() { // a namespace that is not known yet will be
+						return row, false
+					}
+					row = state.PodIdentity{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, Mirror: pod.Mirror, Labels: l.labels(pod, ns)}
+					if id, ok := t.IdentityOf(txn, row.Labels); ok {
+						row.Identity = id.ID
+					}
+					return row, true
 				}
-				rows = append(rows, row)
-			}
-			return rows
+			},
 		},
+		ByKey: state.PodIdentityByName,
 		Equal: reconcile.Comparable[state.PodIdentity],
 	}
 	return s.Register(t.DB)

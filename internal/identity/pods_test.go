@@ -108,13 +108,14 @@ func TestPodIdentitiesInAnyOrder(t *testing.T) {
 		stage := Stage(tables, config(t, ""))
 		for _, f := range facts {
 			f(tables)
-			for _, r := range stage.Compute(tables.DB.ReadTxn(), true) {
+			stage.Step(tables.DB)
+			for _, r := range state.Rows(tables.DB.ReadTxn(), tables.PodIdentities) {
 				if r.Identity != 0 && (r.Labels != server || r.Identity != 28568 && r.Identity != 300) {
 					t.Fatalf("row %+v", r)
 				}
 			}
 		}
-		if d := cmp.Diff(want, stage.Compute(tables.DB.ReadTxn(), true)); d != "" {
+		if d := cmp.Diff(want, state.Rows(tables.DB.ReadTxn(), tables.PodIdentities)); d != "" {
 			t.Fatal(d)
 		}
 	}
@@ -123,11 +124,7 @@ func TestPodIdentitiesInAnyOrder(t *testing.T) {
 func TestEditedLabelsChangeTheEndpoint(t *testing.T) {
 	tables := newTables(t)
 	stage := Stage(tables, config(t, ""))
-	compute := func() {
-		w := tables.DB.WriteTxn(tables.PodIdentities)
-		state.Replace(w, tables.PodIdentities, stage.Compute(w, true), stage.Equal, state.All[state.PodIdentity])
-		w.Commit()
-	}
+	compute := func() { stage.Step(tables.DB) }
 	outdated := func() []model.Endpoint { return Outdated(tables, tables.DB.ReadTxn()) }
 	ns := state.Namespace{Name: "default", Labels: map[string]string{"kubernetes.io/metadata.name": "default"}}
 	state.Insert(tables.DB, tables.Namespaces, ns)

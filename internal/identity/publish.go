@@ -18,56 +18,69 @@ import (
 // else attached it, or it is just being attached; its identity counts all the same. A pod whose labels have no number
 // yet keeps the one it is known by.
 func Published(t *state.Tables) func() reconcile.Snapshot[string, state.PublishedEndpoint] {
-	inputs := []state.Input{state.From(t.PodIdentities), state.From(t.Pods), state.From(t.Endpoints), state.From(t.Local)}
-	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[string]state.PublishedEndpoint {
-		rows := make(map[string]state.PublishedEndpoint, t.PodIdentities.NumObjects(txn))
-		var local model.Node
-		for n := range t.Local.All(txn) {
-			local = n
-		}
-		self := local.IPv4()
-		if !self.IsValid() {
-			self = local.IPv6()
-		}
-		attached := map[netip.Addr]bool{}
-		for ep := range t.Endpoints.All(txn) {
-			for _, a := range ep.Addrs() {
-				attached[a] = true
+	rows := &state.Keyed[string, state.PublishedEndpoint]{
+		Sources: []state.Source[string]{
+			state.Touches(t.DB, t.PodIdentities, func(r state.PodIdentity) []string { return []string{r.Key()} }),
+			state.Touches(t.DB, t.Pods, func(r state.Pod) []string { return []string{r.Key()} }),
+			state.Resets[string](t.Endpoints), state.Resets[string](t.Local),
+		},
+		Prepare: func(now statedb.ReadTxn) func(statedb.ReadTxn, string) (state.PublishedEndpoint, bool) {
+			p := publisher{tables: t, attached: map[netip.Addr]bool{}}
+			for n := range t.Local.All(now) {
+				p.local = n
 			}
-		}
-		for who := range t.PodIdentities.All(txn) {
-			pod, _, ok := t.Pods.Get(txn, state.PodByName(who.Key()))
-			if !ok || pod.UID != who.UID || !self.IsValid() {
-				continue
+			if p.self = p.local.IPv4(); !p.self.IsValid() {
+				p.self = p.local.IPv6()
 			}
-			row := state.PublishedEndpoint{Labels: who.Labels, Ports: named(pod.Ports), CiliumEndpoint: state.CiliumEndpoint{
-				Namespace: who.Namespace, Name: who.Name, PodUID: who.UID, Node: self, Identity: who.Identity,
-			}}
-			if ep, ok := endpointOf(t, txn, who); ok {
-				row.EndpointID, row.State, row.IPv4, row.IPv6, row.ContainerID = ep.ID, ep.State, ep.IPv4, ep.IPv6, ep.ContainerID
-			} else if !pod.Terminating {
-				row.State = model.EndpointDisconnected
-				for _, a := range pod.IPs {
-					if !attached[a] && slices.ContainsFunc(local.PodCIDRs, func(p netip.Prefix) bool { return p.Contains(a) }) {
-						if a.Is4() {
-							row.IPv4 = a
-						} else {
-							row.IPv6 = a
-						}
-					}
+			for ep := range t.Endpoints.All(now) {
+				for _, a := range ep.Addrs() {
+					p.attached[a] = true
 				}
 			}
-			if row.Identity == model.IdentityUnknown {
-				if old, _, ok := t.CiliumEndpoints.Get(txn, state.CiliumEndpointByName(who.Key())); ok && old.PodUID == who.UID {
-					row.Identity = old.Identity
+			return p.row
+		},
+	}
+	return rows.Desired(t.DB)
+}
+
+// publisher is what rows depend on besides their pod.
+type publisher struct {
+	tables   *state.Tables
+	local    model.Node
+	self     netip.Addr
+	attached map[netip.Addr]bool
+}
+
+func (p publisher) row(txn statedb.ReadTxn, key string) (row state.PublishedEndpoint, ok bool) {
+	t := p.tables
+	who, _, known := t.PodIdentities.Get(txn, state.PodIdentityByName(key))
+	pod, _, there := t.Pods.Get(txn, state.PodByName(key))
+	if !known || !there || pod.UID != who.UID || !p.self.IsValid() {
+		return row, false
+	}
+	row = state.PublishedEndpoint{Labels: who.Labels, Ports: named(pod.Ports), CiliumEndpoint: state.CiliumEndpoint{
+		Namespace: who.Namespace, Name: who.Name, PodUID: who.UID, Node: p.self, Identity: who.Identity,
+	}}
+	if ep, ok := endpointOf(t, txn, who); ok {
+		row.EndpointID, row.State, row.IPv4, row.IPv6, row.ContainerID = ep.ID, ep.State, ep.IPv4, ep.IPv6, ep.ContainerID
+	} else if !pod.Terminating {
+		row.State = model.EndpointDisconnected
+		for _, a := range pod.IPs {
+			if !p.attached[a] && slices.ContainsFunc(p.local.PodCIDRs, func(c netip.Prefix) bool { return c.Contains(a) }) {
+				if a.Is4() {
+					row.IPv4 = a
+				} else {
+					row.IPv6 = a
 				}
 			}
-			if row.Identity != model.IdentityUnknown && (row.IPv4.IsValid() || row.IPv6.IsValid()) {
-				rows[who.Key()] = row
-			}
 		}
-		return rows
-	})
+	}
+	if row.Identity == model.IdentityUnknown {
+		if old, _, ok := t.CiliumEndpoints.Get(txn, state.CiliumEndpointByName(key)); ok && old.PodUID == who.UID {
+			row.Identity = old.Identity
+		}
+	}
+	return row, row.Identity != model.IdentityUnknown && (row.IPv4.IsValid() || row.IPv6.IsValid())
 }
 
 // endpointOf is the pod's endpoint once traffic may reach it.

@@ -336,16 +336,22 @@ func TestEndpointsConverge(t *testing.T) {
 func TestIdentitiesAtTheAPIServer(t *testing.T) {
 	s, c := newCEPServer(t)
 	l := model.Labels("k8s:app=x;k8s:io.kubernetes.pod.namespace=d")
-	for range 2 { // the second time it exists
-		if got, err := c.CreateIdentity(t.Context(), 300, l); err != nil || got != l {
-			t.Errorf("%q, %v", got, err)
+	for i := range 2 { // the second time it exists
+		if taken, err := c.CreateIdentity(t.Context(), 300, l); err != nil || taken != (i == 1) {
+			t.Errorf("attempt %d: taken %v, %v", i, taken, err)
 		}
 	}
 	if o := s.identities["300"]; o.Labels["io.kubernetes.pod.namespace"] != "d" || o.SecurityLabels["k8s:app"] != "x" {
 		t.Errorf("object is %+v", o)
 	}
-	if got, err := c.CreateIdentity(t.Context(), 300, "k8s:app=y"); err != nil || got != l {
-		t.Errorf("a taken number: %q, %v", got, err)
+	if taken, err := c.CreateIdentity(t.Context(), 300, "k8s:app=y"); err != nil || !taken {
+		t.Errorf("another's number: taken %v, %v", taken, err)
+	}
+	if got, err := c.IdentityLabels(t.Context(), 300); err != nil || got != l {
+		t.Errorf("a taken number means %q, %v", got, err)
+	}
+	if _, err := c.IdentityLabels(t.Context(), 299); err == nil {
+		t.Error("a number that is not there means something")
 	}
 	s.identities["300"].Annotations = map[string]string{v2.UnusedAnnotation: "x"}
 	if row, _ := convertIdentity(s.identities["300"]); !row.Unused || row.ID != 300 || row.Labels != l {

@@ -17,23 +17,27 @@ import (
 	"github.com/lash-net/lash/internal/state"
 )
 
-// CreateIdentity makes the number mean the labels unless it means others. It returns what the number means now.
-func (c *Client) CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (model.Labels, error) {
+// CreateIdentity makes the number mean the labels, or reports that it is taken.
+func (c *Client) CreateIdentity(ctx context.Context, id model.Identity, labels model.Labels) (taken bool, err error) {
 	name, security := identityName(id), labels.Map()
 	obj := &v2.CiliumIdentity{ObjectMeta: metav1.ObjectMeta{Name: name}, SecurityLabels: security}
 	if ns := security[model.LabelSource+model.LabelNamespace]; ns != "" {
 		obj.Labels = map[string]string{model.LabelNamespace: ns}
 	}
-	_, err := c.cilium.Identities.Create(ctx, obj)
-	if err == nil {
-		return labels, nil
+	switch _, err := c.cilium.Identities.Create(ctx, obj); {
+	case apierrors.IsAlreadyExists(err):
+		return true, nil
+	case err != nil:
+		return false, fmt.Errorf("create CiliumIdentity %s: %w", name, err)
 	}
-	if !apierrors.IsAlreadyExists(err) {
-		return "", fmt.Errorf("create CiliumIdentity %s: %w", name, err)
-	}
-	have, err := c.cilium.Identities.Get(ctx, name)
-	if err != nil { // also if it was deleted meanwhile: the next attempt creates it
-		return "", fmt.Errorf("get CiliumIdentity %s: %w", name, err)
+	return false, nil
+}
+
+// IdentityLabels asks what the number means. That it means nothing any more is an error: the next attempt creates it.
+func (c *Client) IdentityLabels(ctx context.Context, id model.Identity) (model.Labels, error) {
+	have, err := c.cilium.Identities.Get(ctx, identityName(id))
+	if err != nil {
+		return "", fmt.Errorf("get CiliumIdentity %d: %w", uint32(id), err)
 	}
 	return model.LabelsOf(have.SecurityLabels), nil
 }

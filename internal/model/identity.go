@@ -2,7 +2,10 @@
 
 package model
 
-import "strconv"
+import (
+	"net/netip"
+	"strconv"
+)
 
 // Identity is the number of a set of security-relevant labels. Numbers up to 10 are reserved, 256 to 65535 are
 // allocated cluster-wide; from 1<<24 on they mean something on this node only.
@@ -43,6 +46,22 @@ var reservedNames = [...]string{
 	IdentityIngress:       "ingress",
 	IdentityWorldIPv4:     "world-ipv4",
 	IdentityWorldIPv6:     "world-ipv6",
+}
+
+// World is the identity of outside addresses of the family of a: where there are two families, each has its own.
+func World(a netip.Addr, dual bool) Identity {
+	switch {
+	case !dual:
+		return IdentityWorld
+	case a.Is4():
+		return IdentityWorldIPv4
+	}
+	return IdentityWorldIPv6
+}
+
+// World reports whether the identity is that of whatever is outside.
+func (id Identity) World() bool {
+	return id == IdentityWorld || id == IdentityWorldIPv4 || id == IdentityWorldIPv6
 }
 
 // Reserved reports whether the identity is one of the fixed ones.

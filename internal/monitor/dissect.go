@@ -182,3 +182,6 @@ func (d *dissector) headers(frame []byte) *headers {
 	}
 	return h
 }
+
+// Summary is a frame in a line: "10.0.1.5:40000 -> 10.0.2.7:80 tcp SYN".
+func Summary(frame []byte) string { return newDissector().summary(frame) }

@@ -72,14 +72,15 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 			add(single(a), model.IdentityHealth, nodeAddr(n, a), sourceNode)
 		}
 		for _, c := range n.PodCIDRs {
-			add(c.Masked(), model.IdentityWorld, nodeAddr(n, c.Addr()), sourceNode)
+			add(c.Masked(), cfg.world(c.Addr()), nodeAddr(n, c.Addr()), sourceNode)
 		}
 	}
 	for _, a := range apiServers {
 		add(single(a), model.IdentityOutsideKubeAPIServer, netip.Addr{}, sourceAPIServer)
 	}
-	add(netip.PrefixFrom(netip.IPv4Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
-	add(netip.PrefixFrom(netip.IPv6Unspecified(), 0), model.IdentityWorld, netip.Addr{}, sourceReserved)
+	for _, a := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		add(netip.PrefixFrom(a, 0), cfg.world(a), netip.Addr{}, sourceReserved)
+	}
 
 	out := make([]state.IPCache, 0, len(rows))
 	for _, r := range rows {
@@ -89,13 +90,16 @@ func IPCache(cfg Config, nodes []model.Node, devices []model.Device, endpoints [
 	return out
 }
 
-// apiServers are the addresses behind the service default/kubernetes.
+// world is who is behind addresses of which nothing else is known.
+func (cfg Config) world(a netip.Addr) model.Identity { return model.World(a, cfg.IPv4 && cfg.IPv6) }
+
+// behindAPIServer are the slices of the service default/kubernetes: of a large cluster's slices the only ones that matter here.
+var behindAPIServer = state.SlicesByService("default/kubernetes")
+
+// apiServers are the addresses in its slices.
 func apiServers(slices []state.EndpointSlice) []netip.Addr {
 	var out []netip.Addr
 	for _, s := range slices {
-		if s.Namespace != "default" || s.Service != "kubernetes" {
-			continue
-		}
 		for _, e := range s.Endpoints {
 			out = append(out, e.Addr)
 		}

@@ -38,9 +38,9 @@ func NewStages(t *state.Tables, cfg Config) Stages {
 		IPCache: &state.Stage[state.IPCache]{
 			Name:   "node-ipcache",
 			Out:    t.IPCache,
-			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints), state.From(t.Slices)},
+			Inputs: []state.Input{state.From(t.Nodes), state.From(t.Devices), state.From(t.Endpoints), state.FromSome(t.Slices, behindAPIServer)},
 			Compute: func(txn statedb.ReadTxn, _ bool) []state.IPCache {
-				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints), apiServers(state.Rows(txn, t.Slices)))
+				return IPCache(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), state.Rows(txn, t.Endpoints), apiServers(statedb.Collect(t.Slices.List(txn, behindAPIServer))))
 			},
 			Equal: reconcile.Comparable[state.IPCache],
 		},

@@ -4,7 +4,6 @@ package node
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -65,39 +64,47 @@ func WantsTunnel(cfg Config, nodes []model.Node) bool {
 	return cfg.Tunnel != ""
 }
 
-// Overlay says of each row whose prefix another node has whether packets to it are encapsulated, and to which of the
-// node's addresses, and, where there is a tunnel, marks the addresses of other nodes themselves: these may encapsulate.
-// A pod CIDR that is still routed to the host device stays marked: the way around the tunnel comes first.
-func Overlay(cfg Config, nodes []model.Node, devices []model.Device, routed func(netip.Prefix) bool, rows map[netip.Prefix]model.IPCacheEntry) {
-	device := WantsTunnel(cfg, nodes)
-	owner := map[netip.Addr]model.Node{}
+// overlay says of a row whose prefix another node has whether packets to it are encapsulated, and to which of the node's
+// addresses, and, where there is a tunnel, marks the addresses of other nodes themselves: these may encapsulate. A pod
+// CIDR that is still routed to the host device stays marked: the way around the tunnel comes first.
+type overlay struct {
+	cfg     Config
+	devices []model.Device
+	routed  func(netip.Prefix) bool
+	device  bool
+	owner   map[netip.Addr]model.Node // other nodes, by their addresses
+}
+
+func newOverlay(cfg Config, nodes []model.Node, devices []model.Device, routed func(netip.Prefix) bool) *overlay {
+	o := &overlay{cfg: cfg, devices: devices, routed: routed, device: WantsTunnel(cfg, nodes), owner: map[netip.Addr]model.Node{}}
 	for _, n := range nodes {
 		if n.Local {
 			continue
 		}
 		for _, a := range n.Addrs {
-			owner[a] = n
-			if row, ok := rows[single(a)]; ok && device && row.Identity != model.IdentityHost {
-				row.Peer = true
-				rows[single(a)] = row
-			}
+			o.owner[a] = n
 		}
 	}
-	for p, row := range rows {
-		peer, ok := owner[row.Node]
-		if !ok {
-			continue
-		}
-		to, ok := tunnelTo(cfg, peer, devices, p.Addr())
-		if i := slices.IndexFunc(peer.PodCIDRs, func(c netip.Prefix) bool { return c.Contains(p.Addr()) }); !ok && i >= 0 {
-			to = underlay(cfg, peer)
-			ok = to.IsValid() && routed(peer.PodCIDRs[i].Masked())
-		}
-		if ok {
-			row.Node, row.Tunnel = to, true
-			rows[p] = row
-		}
+	return o
+}
+
+func (o *overlay) row(p netip.Prefix, row model.IPCacheEntry) model.IPCacheEntry {
+	if _, node := o.owner[p.Addr()]; node && p.IsSingleIP() && o.device && row.Identity != model.IdentityHost {
+		row.Peer = true
 	}
+	peer, ok := o.owner[row.Node]
+	if !ok {
+		return row
+	}
+	to, ok := tunnelTo(o.cfg, peer, o.devices, p.Addr())
+	if i := slices.IndexFunc(peer.PodCIDRs, func(c netip.Prefix) bool { return c.Contains(p.Addr()) }); !ok && i >= 0 {
+		to = underlay(o.cfg, peer)
+		ok = to.IsValid() && o.routed(peer.PodCIDRs[i].Masked())
+	}
+	if ok {
+		row.Node, row.Tunnel = to, true
+	}
+	return row
 }
 
 // othersKnown reports whether all is known that the way to other nodes depends on: how packets go there now, and of each
@@ -109,22 +116,32 @@ func othersKnown(t *state.Tables, txn statedb.ReadTxn) bool {
 	return paths && nodes
 }
 
-// DesiredIPCache is the Desired function of the loop over the ipcache: rows, which reads the inputs, and what Overlay
-// says of them.
-func DesiredIPCache(t *state.Tables, cfg Config, rows func(statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry, inputs ...state.Input) func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
-	inputs = append(inputs, state.From(t.Nodes), state.From(t.Devices), state.From(t.TunnelPaths))
-	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
-		r := rows(txn)
-		rowsComplete, _ := t.IPCache.Initialized(txn)
-		if !rowsComplete || !othersKnown(t, txn) {
-			maps.DeleteFunc(r, func(_ netip.Prefix, row model.IPCacheEntry) bool {
-				return row.Node.IsValid() || row.Identity == model.IdentityRemoteNode || row.Identity == model.IdentityKubeAPIServer
+// DesiredIPCache is the Desired function of the loop over the ipcache: who is behind a prefix (state.Tables.Addresses), and
+// what overlay says of it.
+func DesiredIPCache(t *state.Tables, cfg Config) func() reconcile.Snapshot[netip.Prefix, model.IPCacheEntry] {
+	type key = netip.Prefix
+	rows := &state.Keyed[key, model.IPCacheEntry]{
+		Sources: []state.Source[key]{
+			state.Touches(t.DB, t.IPCache, func(r state.IPCache) []key { return []key{r.Prefix} }),
+			state.Touches(t.DB, t.CiliumEndpoints, state.CiliumEndpoint.Prefixes),
+			state.Resets[key](t.Nodes), state.Resets[key](t.Devices), state.Resets[key](t.TunnelPaths),
+		},
+		Prepare: func(now statedb.ReadTxn) func(statedb.ReadTxn, key) (model.IPCacheEntry, bool) {
+			rowsComplete, _ := t.IPCache.Initialized(now)
+			known := rowsComplete && othersKnown(t, now)
+			of := t.AddressOf(now)
+			o := newOverlay(cfg, state.Rows(now, t.Nodes), state.Rows(now, t.Devices), func(p netip.Prefix) bool {
+				path, _, _ := t.TunnelPaths.Get(now, state.TunnelPathByPrefix(p))
+				return path.Routed
 			})
-		}
-		Overlay(cfg, state.Rows(txn, t.Nodes), state.Rows(txn, t.Devices), func(p netip.Prefix) bool {
-			path, _, _ := t.TunnelPaths.Get(txn, state.TunnelPathByPrefix(p))
-			return path.Routed
-		}, r)
-		return r
-	})
+			return func(txn statedb.ReadTxn, p key) (model.IPCacheEntry, bool) {
+				row, ok := of(txn, p)
+				if !ok || !known && (row.Node.IsValid() || row.Identity == model.IdentityRemoteNode || row.Identity == model.IdentityKubeAPIServer) {
+					return row, false
+				}
+				return o.row(p, row), true
+			}
+		},
+	}
+	return rows.Desired(t.DB)
 }

@@ -78,11 +78,10 @@ func rowLines(rows map[netip.Prefix]model.IPCacheEntry) []string {
 
 // ipcacheOf is the whole way from nodes to what the datapath gets.
 func ipcacheOf(cfg Config, nodes []model.Node, devices []model.Device) map[netip.Prefix]model.IPCacheEntry {
-	rows := map[netip.Prefix]model.IPCacheEntry{}
+	rows, o := map[netip.Prefix]model.IPCacheEntry{}, newOverlay(cfg, nodes, devices, never)
 	for _, r := range IPCache(cfg, nodes, devices, nil, nil) {
-		rows[r.Prefix] = r.IPCacheEntry
+		rows[r.Prefix] = o.row(r.Prefix, r.IPCacheEntry)
 	}
-	Overlay(cfg, nodes, devices, never, rows)
 	return rows
 }
 
@@ -137,8 +136,8 @@ func TestTunnelCarriesBothFamiliesOverEither(t *testing.T) {
 		}
 		at := map[bool]string{false: "172.18.0.2", true: "fd18::2"}[v6]
 		wantRows := []string{
-			"0.0.0.0/0 2", "10.0.1.1/32 1", "10.0.2.0/24 2 at " + at + " tunnel", "10.0.2.1/32 6 at " + at + " tunnel", "10.0.2.9/32 4 at " + at + " tunnel", "172.18.0.1/32 1", "172.18.0.2/32 6 peer",
-			"::/0 2", "fd00::101/128 1", "fd00::200/120 2 at " + at + " tunnel", "fd00::201/128 6 at " + at + " tunnel", "fd00::209/128 4 at " + at + " tunnel", "fd18::1/128 1", "fd18::2/128 6 peer",
+			"0.0.0.0/0 9", "10.0.1.1/32 1", "10.0.2.0/24 9 at " + at + " tunnel", "10.0.2.1/32 6 at " + at + " tunnel", "10.0.2.9/32 4 at " + at + " tunnel", "172.18.0.1/32 1", "172.18.0.2/32 6 peer",
+			"::/0 10", "fd00::101/128 1", "fd00::200/120 10 at " + at + " tunnel", "fd00::201/128 6 at " + at + " tunnel", "fd00::209/128 4 at " + at + " tunnel", "fd18::1/128 1", "fd18::2/128 6 peer",
 		}
 		if diff := cmp.Diff(wantRows, rowLines(ipcacheOf(cfg, nodes, devices))); diff != "" {
 			t.Errorf("IPv6 underlay %v (-want +got):\n%s", v6, diff)
@@ -252,13 +251,7 @@ func TestShuffledChangesOfModeConverge(t *testing.T) {
 		done := tables.NodeObjects.RegisterInitializer(w, "test")
 		w.Commit()
 		s := NewStages(tables, cfg)
-		desired := DesiredIPCache(tables, cfg, func(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
-			rows := map[netip.Prefix]model.IPCacheEntry{}
-			for r := range tables.IPCache.All(txn) {
-				rows[r.Prefix] = r.IPCacheEntry
-			}
-			return rows
-		}, state.From(tables.IPCache.ToTable()))
+		desired := DesiredIPCache(tables, cfg)
 		ctx, cancel := context.WithCancel(t.Context())
 		stopped := make(chan error)
 		go func() { stopped <- s.Nodes.Run(ctx, tables.DB) }()
@@ -346,5 +339,60 @@ func TestRestartDoesNotRouteToNodesItHasHalfRead(t *testing.T) {
 	}
 	if got := Merge(cfg, nil, half, true); len(got) != 1 {
 		t.Errorf("got %v", got)
+	}
+}
+
+// Whatever changes, the ipcache's rows that follow changes are those that are computed at once: no source is forgotten.
+func TestIPCacheThatFollowsChangesIsThatOfTheWhole(t *testing.T) {
+	for seed := range uint64(10) {
+		rng := rand.New(rand.NewPCG(seed, 5))
+		tables, err := state.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := tables.DB.WriteTxn(tables.TunnelPaths)
+		done := tables.TunnelPaths.RegisterInitializer(w, "test")
+		w.Commit()
+		cfg, nodes, devices := tunnelled()
+		cfg.Hybrid = seed%2 == 0
+		ip := func() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(rng.IntN(4)), byte(rng.IntN(4))}) }
+		desired := DesiredIPCache(tables, cfg)
+		for step := range 300 {
+			n := nodes[rng.IntN(len(nodes))]
+			switch rng.IntN(20) {
+			case 0:
+				n.Tunnel = []string{"", cfg.Tunnel}[rng.IntN(2)]
+				state.Insert(tables.DB, tables.Nodes, n)
+			case 1:
+				state.Delete(tables.DB, tables.Nodes, n)
+			case 2:
+				state.Insert(tables.DB, tables.Devices, devices...)
+			case 3:
+				state.Delete(tables.DB, tables.Devices, devices[0])
+			case 4:
+				state.Insert(tables.DB, tables.TunnelPaths, state.TunnelPath{Prefix: n.PodCIDRs[0], Routed: rng.IntN(2) == 0})
+			case 5, 6, 7:
+				state.Insert(tables.DB, tables.IPCache, state.IPCache{Prefix: single(ip()), IPCacheEntry: model.IPCacheEntry{Identity: model.IdentityHealth, Node: n.Addrs[0]}})
+			case 8, 9:
+				state.Delete(tables.DB, tables.IPCache, state.IPCache{Prefix: single(ip())})
+			case 10, 11, 12, 13, 14, 15:
+				ep := state.CiliumEndpoint{Namespace: "d", Name: fmt.Sprint(rng.IntN(10)), IPv4: ip(), Node: n.Addrs[0], Identity: model.Identity(rng.IntN(3)), Created: int64(rng.IntN(3))}
+				if rng.IntN(2) == 0 {
+					ep.IPv6 = netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(rng.IntN(4))})
+				}
+				state.Insert(tables.DB, tables.CiliumEndpoints, ep)
+			default:
+				state.Delete(tables.DB, tables.CiliumEndpoints, state.CiliumEndpoint{Namespace: "d", Name: fmt.Sprint(rng.IntN(10))})
+			}
+			if step == 150 {
+				w := tables.DB.WriteTxn(tables.TunnelPaths)
+				done(w)
+				w.Commit()
+			}
+			if d := cmp.Diff(rowLines(DesiredIPCache(tables, cfg)().Rows), rowLines(desired().Rows)); d != "" {
+				t.Fatalf("seed %d, step %d (-whole +followed):\n%s", seed, step, d)
+			}
+		}
+		tables.Stop()
 	}
 }

@@ -28,14 +28,13 @@ type Target[K comparable, V any] interface {
 
 // Snapshot is what is wanted at one moment.
 type Snapshot[K comparable, V any] struct {
-	// Rows are all wanted rows; of a Partial snapshot only those that changed since the one before. The first partial
-	// snapshot has all rows.
 	Rows map[K]V
-	// Partial makes a pass cost what changed, not what there is: rows that are in neither Rows nor Gone stay wanted.
-	Partial bool
-	Gone    []K // no longer wanted, of a Partial snapshot
 	// Complete says that every source of the rows has been read: only then is anything deleted.
 	Complete bool
+	// Partial says that since the snapshot before no other rows than those of Touched can have changed, be it in value or in
+	// whether they are there: a pass then costs what has changed, not what there is.
+	Partial bool
+	Touched []K
 	// Changed are channels of which one is closed when the rows, or Complete, may have changed since.
 	Changed []<-chan struct{}
 }
@@ -55,7 +54,7 @@ type Health struct {
 type Config[K comparable, V any] struct {
 	Name   string
 	Target Target[K, V]
-	// Desired returns the wanted rows. The loop does not modify the map of a full snapshot, and keeps that of a partial one.
+	// Desired returns the wanted rows. The loop does not modify the map, and has no use for it after the next call.
 	Desired func() Snapshot[K, V]
 	Equal   func(a, b V) bool
 	// Compare, if set, orders puts; deletes go in the reverse order. Without it the order is arbitrary.
@@ -66,7 +65,8 @@ type Config[K comparable, V any] struct {
 	Log     *slog.Logger
 
 	// Throttle is the least time between two passes caused by changes; the first of a burst runs at once. It grows with
-	// the time Desired takes: under constant change that is at most a tenth.
+	// the time Desired takes to compute everything: under constant change that is at most a tenth. A partial snapshot costs
+	// what has changed, however long it takes on a machine that is busy with other things.
 	Throttle time.Duration
 	// Parallel is how many puts, and then how many deletes, run at the same time, for targets that are reached over a
 	// network; default 1. With Compare it must be 1.
@@ -85,9 +85,6 @@ type Loop[K comparable, V any] struct {
 	cfg Config[K, V]
 
 	// Below: used by the goroutine of Run only.
-	want     map[K]V // what is wanted
-	complete bool    // want is
-	owned    bool    // want is the loop's own map
 	actual   map[K]V // what the target has; nil: not read
 	unknown  map[K]struct{}
 	retry    map[K]retry
@@ -149,7 +146,10 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 
 		started := time.Now()
 		snap := l.cfg.Desired()
-		throttle := max(l.cfg.Throttle, 9*time.Since(started))
+		throttle := l.cfg.Throttle
+		if !snap.Partial {
+			throttle = max(throttle, 9*time.Since(started))
+		}
 		l.pass(ctx, snap, waiters)
 		l.answer(waiters)
 		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
@@ -224,34 +224,12 @@ func (l *Loop[K, V]) next() time.Time {
 	return at
 }
 
-// take makes the snapshot what is wanted and returns the keys whose rows may differ now; all: any may.
-func (l *Loop[K, V]) take(snap Snapshot[K, V]) (changed []K, all bool) {
-	all = !snap.Partial || snap.Complete != l.complete
-	l.complete = snap.Complete
-	switch {
-	case !snap.Partial:
-		l.want, l.owned = snap.Rows, false
-		return nil, true
-	case l.want == nil:
-		l.want, l.owned = map[K]V{}, true
-	case !l.owned:
-		l.want, l.owned = maps.Clone(l.want), true
-	}
-	maps.Copy(l.want, snap.Rows)
-	for _, k := range snap.Gone {
-		delete(l.want, k)
-	}
-	if all {
-		return nil, true
-	}
-	return slices.AppendSeq(slices.Clone(snap.Gone), maps.Keys(snap.Rows)), false
-}
-
-// pass makes the target equal to what is wanted as far as it can now.
+// pass makes the target equal to the snapshot as far as it can now.
 func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []waiter[K]) {
 	now := time.Now()
-	look, all := l.take(snap)
+	partial := snap.Partial
 	if l.actual == nil || now.Sub(l.readAt) >= l.cfg.Reread {
+		partial = false
 		if l.actual == nil && len(waiters) == 0 && now.Before(l.listFail.at) {
 			return
 		}
@@ -259,7 +237,6 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			l.report(now, fmt.Errorf("list: %w", err))
 			return
 		}
-		all = true
 	}
 	for _, w := range waiters {
 		for _, k := range w.keys {
@@ -269,53 +246,30 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			}
 		}
 	}
-	// What failed, or may be there by a write that failed, is looked at in every pass.
-	keys := map[K]struct{}{}
-	for k := range l.retry {
-		keys[k] = struct{}{}
-	}
-	for k := range l.unknown {
-		keys[k] = struct{}{}
-	}
-	for _, k := range look {
-		keys[k] = struct{}{}
-	}
-	if all {
-		for k := range l.want {
-			keys[k] = struct{}{}
-		}
-		for k := range l.actual {
-			keys[k] = struct{}{}
-		}
-	}
 
-	var write, unwanted []K
-	for _, k := range l.sorted(maps.Keys(keys)) {
-		want, wanted := l.want[k]
-		have, ok := l.actual[k]
-		_, doubt := l.unknown[k]
-		if wanted && ok && !doubt && l.cfg.Equal(have, want) || !wanted && !ok && !doubt {
-			delete(l.retry, k)
+	// Puts before deletes, so that a lookup never misses in between.
+	var puts, deletes int
+	var write []K
+	look := maps.Keys(snap.Rows)
+	if partial {
+		look = l.touched(snap)
+	}
+	for _, k := range l.sorted(look) {
+		if _, wanted := snap.Rows[k]; !wanted {
 			continue
 		}
-		if !wanted && !l.complete {
-			// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
+		have, ok := l.actual[k]
+		_, doubt := l.unknown[k]
+		if ok && !doubt && l.cfg.Equal(have, snap.Rows[k]) {
 			delete(l.retry, k)
 			continue
 		}
 		if r, ok := l.retry[k]; ok && now.Before(r.at) {
 			continue
 		}
-		if wanted {
-			write = append(write, k)
-		} else {
-			unwanted = append(unwanted, k)
-		}
+		write = append(write, k)
 	}
-
-	// Puts before deletes, so that a lookup never misses in between.
-	var puts, deletes int
-	put := func(k K) error { return l.cfg.Target.Put(ctx, k, l.want[k]) }
+	put := func(k K) error { return l.cfg.Target.Put(ctx, k, snap.Rows[k]) }
 	for k, err := range l.each(ctx, write, put) {
 		if err != nil {
 			// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
@@ -324,12 +278,20 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			continue
 		}
 		puts++
-		l.actual[k] = l.want[k]
+		l.actual[k] = snap.Rows[k]
 		delete(l.unknown, k)
 		delete(l.retry, k)
 	}
-	if ctx.Err() == nil {
-		slices.Reverse(unwanted)
+
+	if snap.Complete && ctx.Err() == nil {
+		have := l.known()
+		if partial {
+			have = l.touched(snap)
+		}
+		unwanted := slices.DeleteFunc(l.unwanted(have, snap.Rows), func(k K) bool {
+			r, ok := l.retry[k]
+			return ok && now.Before(r.at)
+		})
 		for k, err := range l.each(ctx, unwanted, func(k K) error { return l.cfg.Target.Delete(ctx, k) }) {
 			if err != nil {
 				l.unknown[k] = struct{}{}
@@ -340,6 +302,13 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			delete(l.actual, k)
 			delete(l.unknown, k)
 			delete(l.retry, k)
+		}
+	} else {
+		// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
+		for k := range l.retry {
+			if _, ok := snap.Rows[k]; !ok {
+				delete(l.retry, k)
+			}
 		}
 	}
 	if puts+deletes > 0 {
@@ -394,6 +363,53 @@ func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
 	l.actual, l.readAt, l.listFail = rows, now, retry{}
 	clear(l.unknown)
 	return nil
+}
+
+// touched are the rows that a partial snapshot makes worth a look: its own, and those that earlier passes left undone.
+func (l *Loop[K, V]) touched(snap Snapshot[K, V]) iter.Seq[K] {
+	set := make(map[K]struct{}, len(snap.Touched)+len(l.retry)+len(l.unknown))
+	for _, k := range snap.Touched {
+		set[k] = struct{}{}
+	}
+	for k := range l.retry {
+		set[k] = struct{}{}
+	}
+	for k := range l.unknown {
+		set[k] = struct{}{}
+	}
+	return maps.Keys(set)
+}
+
+// known are the rows that the target has or may have.
+func (l *Loop[K, V]) known() iter.Seq[K] {
+	return func(yield func(K) bool) {
+		for k := range l.actual {
+			if !yield(k) {
+				return
+			}
+		}
+		for k := range l.unknown {
+			if _, twice := l.actual[k]; !twice && !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+// unwanted are those of keys that the target has, or may have, and that are not wanted.
+func (l *Loop[K, V]) unwanted(keys iter.Seq[K], rows map[K]V) []K {
+	var out []K
+	for k := range keys {
+		_, wanted := rows[k]
+		_, have := l.actual[k]
+		_, doubt := l.unknown[k]
+		if !wanted && (have || doubt) {
+			out = append(out, k)
+		}
+	}
+	out = l.sorted(slices.Values(out))
+	slices.Reverse(out)
+	return out
 }
 
 func (l *Loop[K, V]) sorted(seq func(func(K) bool)) []K {

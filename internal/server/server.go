@@ -40,6 +40,7 @@ type Config struct {
 	Datapath Datapath
 	Events   Events
 	Options  Options
+	Explain  Explainer
 	// EndpointLog may be asked from the start.
 	EndpointLog EndpointLog
 	Log         *slog.Logger
@@ -61,6 +62,7 @@ func New(cfg Config) *Server {
 	s.handle("GET /v1/config", s.options)
 	s.handle("PATCH /v1/config", s.setOptions)
 	s.mux.HandleFunc("GET /v1/monitor", s.monitor)
+	s.handle("POST /v1/explain", s.explain)
 	s.handle("GET /v1/ip", s.ips)
 	s.handle("GET /v1/identities", s.identities)
 	s.handle("GET /v1/identities/{id}", s.identity)

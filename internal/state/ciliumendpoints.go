@@ -7,6 +7,7 @@ import (
 	"strconv"
 
 	"github.com/cilium/statedb"
+	"github.com/cilium/statedb/index"
 
 	"github.com/lash-net/lash/internal/model"
 )
@@ -54,7 +55,38 @@ func (r CiliumEndpoint) before(o CiliumEndpoint) bool {
 	return r.Key() < o.Key()
 }
 
-var ciliumEndpointByName = byString("name", CiliumEndpoint.Key)
+// Prefixes are the addresses that the row says something of: none while the pod has no identity.
+func (r CiliumEndpoint) Prefixes() []netip.Prefix {
+	if r.Identity == model.IdentityUnknown {
+		return nil
+	}
+	out := make([]netip.Prefix, 0, 2)
+	for _, a := range [...]netip.Addr{r.IPv4, r.IPv6} {
+		if a.IsValid() {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out
+}
+
+var (
+	ciliumEndpointByName   = byString("name", CiliumEndpoint.Key)
+	ciliumEndpointByPrefix = statedb.Index[CiliumEndpoint, netip.Prefix]{
+		Name: "prefix",
+		FromObject: func(r CiliumEndpoint) index.KeySet {
+			return index.NewKeySet(keys(r.Prefixes())...)
+		},
+		FromKey: prefixKey,
+	}
+)
+
+func keys(prefixes []netip.Prefix) []index.Key {
+	out := make([]index.Key, len(prefixes))
+	for i, p := range prefixes {
+		out[i] = prefixKey(p)
+	}
+	return out
+}
 
 // CiliumEndpointByName finds the CiliumEndpoint of pod "namespace/name".
 func CiliumEndpointByName(name string) statedb.Query[CiliumEndpoint] {
@@ -66,5 +98,5 @@ func newCiliumEndpoints(db *statedb.DB) (statedb.RWTable[CiliumEndpoint], error)
 		func() []string { return []string{"Pod", "Identity", "IPv4", "IPv6", "Node", "ID", "State"} },
 		func(r CiliumEndpoint) []string {
 			return []string{r.Key(), r.Identity.String(), addr(r.IPv4), addr(r.IPv6), addr(r.Node), strconv.Itoa(int(r.EndpointID)), r.State}
-		}, ciliumEndpointByName)
+		}, ciliumEndpointByName, ciliumEndpointByPrefix)
 }

@@ -29,6 +29,14 @@ func From[Row any](tbl statedb.Table[Row]) Input {
 	}}
 }
 
+// FromSome makes what a query finds in a table an input.
+func FromSome[Row any](tbl statedb.Table[Row], q statedb.Query[Row]) Input {
+	return Input{tbl, func(txn statedb.ReadTxn) <-chan struct{} {
+		_, ch := tbl.ListWatch(txn, q)
+		return ch
+	}}
+}
+
 // Settle is how long a stage waits for more changes after the first one, so that a burst is computed once. A stage that
 // takes long to compute waits longer: under constant change it uses at most a fifth of a CPU.
 const (
@@ -110,23 +118,25 @@ func Desired[Row any, K comparable, V any](db *statedb.DB, tbl statedb.Table[Row
 // DesiredChanges is the Desired function of a loop over a table of which each pass looks at the changed rows only.
 func DesiredChanges[Row any, K comparable, V any](db *statedb.DB, tbl statedb.RWTable[Row], split func(Row) (K, V)) func() reconcile.Snapshot[K, V] {
 	changes := Track(db, tbl)
+	rows := map[K]V{}
+	opened, complete := false, false
 	return func() reconcile.Snapshot[K, V] {
 		txn := db.ReadTxn()
-		snap := reconcile.Snapshot[K, V]{Rows: map[K]V{}, Partial: true}
-		gone := map[K]struct{}{}
+		touched := map[K]struct{}{}
 		for row, deleted := range changes.Next(txn) {
 			k, v := split(row)
+			touched[k] = struct{}{}
 			if deleted {
-				delete(snap.Rows, k)
-				gone[k] = struct{}{}
+				delete(rows, k)
 			} else {
-				snap.Rows[k] = v
-				delete(gone, k)
+				rows[k] = v
 			}
 		}
-		snap.Gone = slices.Collect(maps.Keys(gone))
+		snap := reconcile.Snapshot[K, V]{Rows: rows, Touched: slices.Collect(maps.Keys(touched))}
 		snap.Changed, snap.Complete = pending(txn, tbl)
 		snap.Changed = append(snap.Changed, changes.Changed(txn))
+		snap.Partial = opened && complete == snap.Complete
+		opened, complete = true, snap.Complete
 		return snap
 	}
 }

@@ -68,7 +68,15 @@ func (r PodIdentity) Key() string { return r.Namespace + "/" + r.Name }
 // Is reports whether the endpoint is of this pod, not of one before it with the same name.
 func (r PodIdentity) Is(ep Endpoint) bool { return ep.UID == "" || ep.UID == r.UID || r.Mirror }
 
-var podIdentityByName = byString("name", PodIdentity.Key)
+var (
+	podIdentityByName   = byString("name", PodIdentity.Key)
+	podIdentityByLabels = nonUnique(byString("labels", func(r PodIdentity) string { return string(r.Labels) }))
+)
+
+// PodIdentitiesByLabels finds the pods of this node with the labels.
+func PodIdentitiesByLabels(l model.Labels) statedb.Query[PodIdentity] {
+	return podIdentityByLabels.Query(string(l))
+}
 
 // PodIdentityByName finds the identity of pod "namespace/name".
 func PodIdentityByName(name string) statedb.Query[PodIdentity] { return podIdentityByName.Query(name) }
@@ -78,5 +86,5 @@ func newPodIdentities(db *statedb.DB) (statedb.RWTable[PodIdentity], error) {
 		func() []string { return []string{"Pod", "Identity", "Labels"} },
 		func(r PodIdentity) []string {
 			return []string{r.Key(), r.Identity.String(), strings.Join(r.Labels.List(), ",")}
-		}, podIdentityByName)
+		}, podIdentityByName, podIdentityByLabels)
 }

@@ -20,52 +20,53 @@ type IPCache struct {
 const SourceCiliumEndpoint = "custom-resource"
 
 // Addresses says who is behind which prefix: the rows of ipcache and, where these have none, the CiliumEndpoints', which
-// are not copied there because there may be ten thousands. While an address passes from one pod to another, two claim
-// it: the new one's counts.
+// are not copied there because there may be ten thousands.
 func (t *Tables) Addresses(txn statedb.ReadTxn) map[netip.Prefix]model.IPCacheEntry {
+	rows := make(map[netip.Prefix]model.IPCacheEntry, t.IPCache.NumObjects(txn)+2*t.CiliumEndpoints.NumObjects(txn))
+	of := t.AddressOf(txn)
+	put := func(p netip.Prefix) {
+		if e, ok := of(txn, p); ok {
+			rows[p] = e
+		}
+	}
+	for r := range t.IPCache.All(txn) {
+		put(r.Prefix)
+	}
+	for r := range t.CiliumEndpoints.All(txn) {
+		for _, p := range r.Prefixes() {
+			put(p)
+		}
+	}
+	return rows
+}
+
+// AddressOf returns the function that says who is behind one prefix, by the nodes of now. While an address passes from
+// one pod to another, two claim it: the new one's counts.
+func (t *Tables) AddressOf(now statedb.ReadTxn) func(statedb.ReadTxn, netip.Prefix) (model.IPCacheEntry, bool) {
 	nodes := map[netip.Addr]Node{}
-	for n := range t.Nodes.All(txn) {
+	for n := range t.Nodes.All(now) {
 		for _, a := range n.Addrs {
 			nodes[a] = n
 		}
 	}
-	rows := make(map[netip.Prefix]model.IPCacheEntry, t.IPCache.NumObjects(txn)+2*t.CiliumEndpoints.NumObjects(txn))
-	for r := range t.IPCache.All(txn) {
-		rows[r.Prefix] = r.IPCacheEntry
-	}
-	contested := map[netip.Addr]CiliumEndpoint{}
-	each := func(f func(CiliumEndpoint, netip.Addr)) {
-		for r := range t.CiliumEndpoints.All(txn) {
-			for _, a := range [...]netip.Addr{r.IPv4, r.IPv6} {
-				if a.IsValid() && r.Identity != model.IdentityUnknown {
-					f(r, a)
-				}
+	return func(txn statedb.ReadTxn, p netip.Prefix) (e model.IPCacheEntry, ok bool) {
+		if r, _, ok := t.IPCache.Get(txn, ipcacheByPrefix.Query(p)); ok {
+			return r.IPCacheEntry, true
+		}
+		if !p.IsSingleIP() {
+			return e, false
+		}
+		var best CiliumEndpoint
+		for r := range t.CiliumEndpoints.List(txn, ciliumEndpointByPrefix.Query(p)) {
+			if !ok || best.before(r) {
+				best, ok = r, true
 			}
 		}
-	}
-	put := func(r CiliumEndpoint, a netip.Addr) {
-		rows[netip.PrefixFrom(a, a.BitLen())] = model.IPCacheEntry{Identity: r.Identity, Node: nodeFor(nodes, r.Node, a), Source: SourceCiliumEndpoint}
-	}
-	each(func(r CiliumEndpoint, a netip.Addr) {
-		switch have, ok := rows[netip.PrefixFrom(a, a.BitLen())]; {
-		case !ok:
-			put(r, a)
-		case have.Source == SourceCiliumEndpoint:
-			contested[a] = CiliumEndpoint{}
+		if ok {
+			e = model.IPCacheEntry{Identity: best.Identity, Node: nodeFor(nodes, best.Node, p.Addr()), Source: SourceCiliumEndpoint}
 		}
-	})
-	if len(contested) == 0 {
-		return rows
+		return e, ok
 	}
-	each(func(r CiliumEndpoint, a netip.Addr) {
-		if best, ok := contested[a]; ok && (best.Name == "" || best.before(r)) {
-			contested[a] = r
-		}
-	})
-	for a, r := range contested {
-		put(r, a)
-	}
-	return rows
 }
 
 // nodeFor is the address by which the pod with address a is reached: its node's of the same family if it has one, none
@@ -87,10 +88,12 @@ func nodeFor(nodes map[netip.Addr]Node, node, a netip.Addr) netip.Addr {
 // Split is the row as a loop's key and value.
 func (r IPCache) Split() (netip.Prefix, model.IPCacheEntry) { return r.Prefix, r.IPCacheEntry }
 
+var ipcacheByPrefix = byPrefix(func(r IPCache) netip.Prefix { return r.Prefix })
+
 func newIPCache(db *statedb.DB) (statedb.RWTable[IPCache], error) {
 	return statedb.NewTableAny(db, "ipcache",
 		func() []string { return []string{"Prefix", "Identity", "Node", "Source"} },
 		func(r IPCache) []string {
 			return []string{r.Prefix.String(), r.Identity.String(), addr(r.Node), r.Source}
-		}, byPrefix(func(r IPCache) netip.Prefix { return r.Prefix }))
+		}, ipcacheByPrefix)
 }

@@ -40,6 +40,8 @@ type Tables struct {
 	NodeHealth  statedb.RWTable[NodeHealth] // health: what probes of nodes have found
 	Controllers statedb.RWTable[Controller] // every loop
 	BadObjects  statedb.RWTable[BadObject]  // k8s: objects that could not be used
+
+	reports reports
 }
 
 // New returns an empty database. Stop ends its background work.

@@ -10,9 +10,14 @@ type Warning struct {
 	Text string
 }
 
+var warningByKey = byString("key", func(r Warning) string { return r.Key })
+
+// WarningByKey finds what is said about one thing.
+func WarningByKey(key string) statedb.Query[Warning] { return warningByKey.Query(key) }
+
 func newWarnings(db *statedb.DB) (statedb.RWTable[Warning], error) {
 	return statedb.NewTableAny(db, "warnings",
 		func() []string { return []string{"Key", "Text"} },
 		func(r Warning) []string { return []string{r.Key, r.Text} },
-		byString("key", func(r Warning) string { return r.Key }))
+		warningByKey)
 }

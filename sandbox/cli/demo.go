@@ -45,5 +45,6 @@ what pods expect of their network. Prints a line for each check; the last line i
 	cmd.Flags().StringArrayVar(&o.Set, "set", nil, "chart value KEY=VALUE for the installation; may be repeated")
 	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
 	cmd.Flags().BoolVar(&o.Resilience, "resilience", false, "also kill, remove and restart agents, nodes and the API server while pods talk (four minutes)")
+	cmd.Flags().StringVar(&o.WriteGolden, "write-golden", "", "directory to write golden files of addresses and routes to, instead of comparing with them")
 	root.AddCommand(cmd)
 }

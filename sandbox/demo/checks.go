@@ -24,6 +24,8 @@ type world struct {
 	client  map[string]pod
 	service map[string]netip.Addr // by family
 	history history
+
+	writeGolden string // directory; empty: golden files are compared
 }
 
 type pod struct {
@@ -199,7 +201,11 @@ func (w *world) checks(o Options) []check {
 		list = append(list, w.outside(f)...)
 	}
 	if o.With == "lash" {
+		w.writeGolden = o.WriteGolden
 		list = append(list, w.lash()...)
+		for _, f := range families {
+			list = append(list, w.explanations(f)...)
+		}
 		list = append(list, w.modeChecks(o.Mode)...)
 	}
 	return list

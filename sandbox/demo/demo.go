@@ -34,8 +34,10 @@ type Options struct {
 	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
 	Resilience bool
 	Switch     bool // also pass to the other mode and back, five times under traffic
-	Out        io.Writer
-	Say        func(format string, args ...any)
+	// WriteGolden is a directory to write golden files to instead of comparing with them; empty: compare.
+	WriteGolden string
+	Out         io.Writer
+	Say         func(format string, args ...any)
 }
 
 const (

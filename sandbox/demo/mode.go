@@ -5,7 +5,6 @@ package demo
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os/exec"
@@ -44,7 +43,7 @@ func (w *world) modeChecks(mode string) []check {
 	for _, f := range families {
 		list = append(list, w.onTheWire(mode, f))
 	}
-	return list
+	return append(list, w.golden(mode)...)
 }
 
 // lashOn runs lash in the agent's pod of a node.
@@ -215,39 +214,6 @@ func same(what string, got, want []string) error {
 		return fmt.Errorf("%s are %q, want %q", what, got, want)
 	}
 	return nil
-}
-
-// onTheWire captures what leaves a node while its pods talk: in tunnel mode all of it is encapsulated, and what stays on
-// the node is not seen.
-func (w *world) onTheWire(mode, f string) check {
-	src, near, far := w.client["n1"], w.web["n1"], w.web["n2"]
-	return check{"on the wire, " + f + ": " + map[string]string{"vxlan": "UDP 8472 only", "native": "the pods' packets"}[mode], func(ctx context.Context) error {
-		file := "/tmp/wire." + f
-		filter := fmt.Sprintf("host %s and udp port 8472 or host %s", nodeAddr("n2", "v4"), src.addrs[f])
-		start := fmt.Sprintf("tcpdump -U -i eth0 -n -w %s '%s' >%[1]s.log 2>&1 & echo $! >%[1]s.pid; until grep -q listening %[1]s.log; do sleep 0.1; done", file, filter)
-		if _, err := w.c.Exec(ctx, "n1", "timeout", "10", "sh", "-c", start); err != nil {
-			return err
-		}
-		var failed error
-		for _, dst := range []pod{near, far} {
-			_, err := w.in(ctx, src, "ping", "-n", "-c", "5", "-i", "0.2", "-W", "2", dst.addrs[f].String())
-			failed = errors.Join(failed, err)
-		}
-		count := func(of string) string { return fmt.Sprintf("tcpdump -r %s -n %s 2>/dev/null | wc -l; ", file, of) }
-		out, err := w.c.Exec(ctx, "n1", "sh", "-c", fmt.Sprintf("kill $(cat %s.pid); sleep 0.2; ", file)+
-			count("udp port 8472")+count("host "+far.addrs[f].String())+count("host "+near.addrs[f].String())+"rm -f "+file+"*")
-		if failed = errors.Join(failed, err); failed != nil {
-			return failed
-		}
-		var tunnel, direct, local int
-		if _, err := fmt.Sscan(out, &tunnel, &direct, &local); err != nil {
-			return fmt.Errorf("capture: %q: %w", out, err)
-		}
-		if local > 0 || (mode == "vxlan") != (tunnel > 0) || (mode == "vxlan") != (direct == 0) {
-			return fmt.Errorf("%d encapsulated packets, %d of pods to another node, %d of pods of one node", tunnel, direct, local)
-		}
-		return nil
-	}}
 }
 
 // checkSwitch passes the cluster to the other mode and back under traffic. It ends in the mode it began with.

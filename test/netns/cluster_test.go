@@ -5,6 +5,7 @@
 package netns
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -97,6 +98,8 @@ type options struct {
 	underlay6     bool   // the tunnel's outer packets are IPv6
 	dsr           bool   // backends' nodes answer clients outside
 	podsPerNode   int
+	fewPorts      bool   // masquerading has four source ports
+	connMax       uint32 // rows of lash_conn; 0: 65536
 }
 
 // tunnelPorts are the tunnels' usual ports.
@@ -215,12 +218,17 @@ func (nd *node) open(c *cluster, o options) error {
 			return err
 		}
 	}
+	var snatMin, snatMax uint16
+	if o.fewPorts {
+		snatMin, snatMax = 30000, 30003
+	}
 	nd.dp, err = datapath.Open(datapath.Config{
+		SNATMin: snatMin, SNATMax: snatMax,
 		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelMTU: o.routeMTU(), DSR: o.dsr,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: 65536, ServiceMax: 1024, NoTCX: o.noTCX,
+		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
@@ -228,6 +236,11 @@ func (nd *node) open(c *cluster, o options) error {
 	ctx := context.Background()
 	for _, a := range []netip.Addr{nd.ip4, nd.ip6, nd.router4(), nd.router6()} {
 		if err := nd.dp.Endpoints().Put(ctx, a, model.LocalAddr{Host: true, Identity: model.IdentityHost}); err != nil {
+			return err
+		}
+	}
+	for _, a := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		if err := nd.dp.IPCache().Put(ctx, netip.PrefixFrom(a, 0), model.IPCacheEntry{Identity: model.World(a, true)}); err != nil {
 			return err
 		}
 	}
@@ -249,7 +262,7 @@ func (nd *node) open(c *cluster, o options) error {
 			node = other.ip6
 		}
 		for _, p := range []netip.Prefix{other.cidr4(), other.cidr6()} {
-			if err := nd.dp.IPCache().Put(ctx, p, model.IPCacheEntry{Identity: model.IdentityWorld, Node: node, Tunnel: true}); err != nil {
+			if err := nd.dp.IPCache().Put(ctx, p, model.IPCacheEntry{Identity: model.World(p.Addr(), true), Node: node, Tunnel: true}); err != nil {
 				return err
 			}
 		}

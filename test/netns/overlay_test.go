@@ -184,6 +184,40 @@ func TestVXLANOnTheWire(t *testing.T) {
 	}
 }
 
+// Whatever families the nodes have, there is one world on the wire.
+func TestTheWorldHasOneNumberOnTheWire(t *testing.T) {
+	c := newCluster(t, options{podsPerNode: 1, tunnel: "vxlan"})
+	n1, n2 := c.nodes[0], c.nodes[1]
+	a, far := n1.pods[0], n2.pods[0]
+	for _, fam := range []struct{ from, to netip.Addr }{{a.ip4, far.ip4}, {a.ip6, far.ip6}} {
+		world := model.World(fam.from, true)
+		n1.do(t, "identity", func() error {
+			return n1.dp.Endpoints().Put(t.Context(), fam.from, model.LocalAddr{EndpointID: 10, Ifindex: a.ifindex, Identity: world, MAC: a.mac, NodeMAC: a.nodeMAC})
+		})
+		wire := capture(t, n2.ns, "eth0")
+		if out, err := try(a.ns, "ping", "-n", "-c", "1", "-W", "2", fam.to.String()); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		requests := 0
+		for _, p := range wire() {
+			udp, ok := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
+			if !ok {
+				continue
+			}
+			inner := gopacket.NewPacket(udp.Payload, layers.LayerTypeVXLAN, gopacket.Default)
+			if e, ok := echoIn(inner); ok && !e.reply {
+				requests++
+				if vni := inner.Layer(layers.LayerTypeVXLAN).(*layers.VXLAN).VNI; vni != uint32(model.IdentityWorld) {
+					t.Errorf("VNI of %s is %d", world, vni)
+				}
+			}
+		}
+		if requests != 1 {
+			t.Errorf("%d requests of %s", requests, fam.from)
+		}
+	}
+}
+
 // encapsulated builds a VXLAN packet's UDP payload; inner may be cut short.
 func encapsulated(vni uint32, src, dst netip.Addr, ttl uint8, cut int) []byte {
 	buf := gopacket.NewSerializeBuffer()

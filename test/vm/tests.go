@@ -80,7 +80,7 @@ func parsePackages(stream string) ([]testBinary, error) {
 // testStep runs one compiled package in the guest. The test's own timeout comes
 // first, for its goroutine dump; the guest's is the second line.
 func testStep(b testBinary, run string, timeout time.Duration, env []string) Step {
-	argv := []string{b.File, "-test.v", "-test.timeout=" + timeout.String()}
+	argv := []string{b.File, "-test.v", "-test.short", "-test.timeout=" + timeout.String()}
 	if run != "" {
 		argv = append(argv, "-test.run="+run)
 	}

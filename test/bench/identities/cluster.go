@@ -32,6 +32,7 @@ import (
 	v2 "github.com/lash-net/lash/api/v2"
 	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/bench"
+	"github.com/lash-net/lash/internal/model"
 )
 
 // Tokens of the users. Agents and operator are service accounts of kube-system, as in a real cluster: the API server
@@ -69,7 +70,7 @@ type node struct {
 	cgroup     string
 	pods4      netip.Prefix
 	pods6      netip.Prefix
-	router     map[netip.Addr]bool
+	taken      map[netip.Addr]bool // the router's and the health endpoint's
 	agent      *process
 	ipcache    *ebpf.Map
 	next4      netip.Addr
@@ -218,7 +219,7 @@ func (c *cluster) start(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return nil
+	return c.nodesKnown(ctx)
 }
 
 func (c *cluster) binary(name string) (string, error) {
@@ -252,12 +253,14 @@ func (c *cluster) startControlPlane(ctx context.Context) error {
 	if err := os.WriteFile(c.path("tokens"), []byte(users), 0o600); err != nil {
 		return err
 	}
-	if _, err := c.spawn(c.control.Netns, "etcd", nil, etcd, "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
+	// They share the machine with three nodes and the generator: memory is there, CPUs are not.
+	frugal := []string{"GOGC=400"}
+	if _, err := c.spawn(c.control.Netns, "etcd", frugal, etcd, "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379",
 		"--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380", "--initial-cluster=default=http://127.0.0.1:2380"); err != nil {
 		return err
 	}
-	server, err := c.spawn(c.control.Netns, "kube-apiserver", nil, apiserver, "--etcd-servers=http://127.0.0.1:2379", fmt.Sprintf("--secure-port=%d", apiPort),
+	server, err := c.spawn(c.control.Netns, "kube-apiserver", frugal, apiserver, "--etcd-servers=http://127.0.0.1:2379", fmt.Sprintf("--secure-port=%d", apiPort),
 		"--bind-address=0.0.0.0", "--advertise-address="+c.control.Addr4.String(), "--cert-dir="+c.path("certs"), "--token-auth-file="+c.path("tokens"),
 		"--authorization-mode=AlwaysAllow", "--disable-admission-plugins=ServiceAccount", "--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer=https://bench", "--service-account-key-file="+c.path("sa.key"), "--service-account-signing-key-file="+c.path("sa.key"))
@@ -342,7 +345,7 @@ func (c *cluster) addNode(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	n := &node{Node: ns, name: fmt.Sprintf("node-%d", i), router: map[netip.Addr]bool{}}
+	n := &node{Node: ns, name: fmt.Sprintf("node-%d", i), taken: map[netip.Addr]bool{}}
 	n.pods4 = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 80, byte(16 * i), 0}), 20)
 	n.pods6 = netip.MustParsePrefix(fmt.Sprintf("fd00:80:%x::/116", i))
 	n.dir = c.path(n.name)
@@ -416,7 +419,7 @@ func (c *cluster) startAgent(ctx context.Context, n *node) (err error) {
 	})
 }
 
-// finishNode opens the node's ipcache and learns which addresses its router has.
+// finishNode opens the node's ipcache and learns which of its addresses are taken.
 func (c *cluster) finishNode(ctx context.Context, n *node) (err error) {
 	if n.ipcache, err = ebpf.LoadPinnedMap(filepath.Join(bpfRoot, n.name, "lash/maps/lash_ipcache"), nil); err != nil {
 		return err
@@ -429,18 +432,55 @@ func (c *cluster) finishNode(ctx context.Context, n *node) (err error) {
 		}
 		for _, a := range cn.Spec.Addresses {
 			if a.Type == v2.CiliumInternalIP {
-				n.router[netip.MustParseAddr(a.IP)] = true
+				n.taken[netip.MustParseAddr(a.IP)] = true
 			}
 		}
-		return len(n.router) == 2, nil
+		for _, s := range []string{cn.Spec.Health.IPv4, cn.Spec.Health.IPv6} {
+			if a, err := netip.ParseAddr(s); err == nil {
+				n.taken[a] = true
+			}
+		}
+		return len(n.taken) == 4, nil
 	})
+}
+
+// nodesKnown waits until every ipcache has the addresses of all nodes that are no pods'.
+func (c *cluster) nodesKnown(ctx context.Context) error {
+	return poll(ctx, 60*time.Second, "the nodes in every ipcache", func() (bool, error) {
+		for _, n := range c.nodes {
+			for _, other := range c.nodes {
+				for a := range other.taken {
+					var e bpf.IPCacheEntry
+					err := n.ipcache.Lookup(bpf.IPCacheKeyFrom(netip.PrefixFrom(a, a.BitLen())), &e)
+					if err != nil || model.Identity(e.Identity).World() {
+						return false, nil
+					}
+				}
+			}
+		}
+		return true, nil
+	})
+}
+
+// profile writes to dir the API server's use of CPU over eight seconds, and its metrics after them.
+func (c *cluster) profile(ctx context.Context, dir string) error {
+	for _, f := range [][2]string{{"kube-apiserver.pprof", "/debug/pprof/profile"}, {"kube-apiserver.metrics", "/metrics"}} {
+		out, err := c.clientset.CoreV1().RESTClient().Get().AbsPath(f[1]).Param("seconds", "8").DoRaw(ctx)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, f[0]), out, 0o644)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", f[1], err)
+		}
+	}
+	return nil
 }
 
 // take hands out the next pod's addresses.
 func (n *node) take() (v4, v6 netip.Addr) {
-	for n.next4 = n.next4.Next(); n.router[n.next4]; n.next4 = n.next4.Next() {
+	for n.next4 = n.next4.Next(); n.taken[n.next4]; n.next4 = n.next4.Next() {
 	}
-	for n.next6 = n.next6.Next(); n.router[n.next6]; n.next6 = n.next6.Next() {
+	for n.next6 = n.next6.Next(); n.taken[n.next6]; n.next6 = n.next6.Next() {
 	}
 	return n.next4, n.next6
 }

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -35,6 +34,7 @@ type options struct {
 	operator   string
 	cache      string
 	keep       string
+	profile    string
 }
 
 type report struct {
@@ -56,8 +56,15 @@ type report struct {
 	LeakedRows         int           `json:"leakedIPCacheRows"`
 	LeakedIdentities   int           `json:"leakedIdentities"`
 	IdentitiesGoneTook time.Duration `json:"identitiesGoneAfter"`
-	CPU                []string      `json:"cpu"`
+	CPU                []cpuUse      `json:"cpu"`
 	OK                 bool          `json:"ok"`
+}
+
+// cpuUse is a process's while pods are created: milliseconds a pod, and of one CPU.
+type cpuUse struct {
+	Name  string  `json:"name"`
+	Pod   float64 `json:"msPerPod"`
+	Share float64 `json:"share"`
 }
 
 // memory is an agent's, resident, in bytes.
@@ -93,6 +100,7 @@ func run(ctx context.Context, args []string) error {
 	fs.StringVar(&o.operator, "operator", "bin/lash-operator", "the operator's binary")
 	fs.StringVar(&o.cache, "cache", "/var/cache/lash-sandbox/bin", "where the sandbox keeps etcd and kube-apiserver")
 	fs.StringVar(&o.keep, "logs", "", "directory to leave the logs in; empty: they go")
+	fs.StringVar(&o.profile, "profile", "", "directory to write the API server's CPU profile and metrics to, taken while pods are created; empty: none is")
 	file := fs.String("json", "dist/bench-identities.json", "write the report there as well; empty: do not")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -171,6 +179,13 @@ func measure(ctx context.Context, o options) (*report, error) {
 		return nil, err
 	}
 	began, cpu := time.Now(), c.cpu()
+	if o.profile != "" {
+		go func() {
+			if err := c.profile(ctx, o.profile); err != nil {
+				say("profile: %v", err)
+			}
+		}()
+	}
 	latencies, created, err := l.create(ctx)
 	if err != nil {
 		return nil, err
@@ -180,7 +195,7 @@ func measure(ctx context.Context, o options) (*report, error) {
 			p.used -= cpu[i].used
 		}
 		if p.used > 0 {
-			r.CPU = append(r.CPU, fmt.Sprintf("%s %.0f%%", p.name, 100*p.used.Seconds()/time.Since(began).Seconds()))
+			r.CPU = append(r.CPU, cpuUse{p.name, p.used.Seconds() / float64(o.pods) * 1e3, p.used.Seconds() / time.Since(began).Seconds()})
 		}
 	}
 	r.Achieved = float64(o.pods) / created.Seconds()
@@ -243,7 +258,12 @@ func (r *report) print() {
 		line("memory of the agent on "+m.Node, fmt.Sprintf("%.1f to %.1f MB, %.2f MB per thousand pods", float64(m.Before)/1e6, float64(m.After)/1e6,
 			float64(m.After-m.Before)/1e3/float64(r.Pods)), "", true)
 	}
-	line("CPU meanwhile", strings.Join(r.CPU, ", "), "", true)
+	all := 0.0
+	for _, u := range r.CPU {
+		all += u.Pod
+		line("CPU of "+u.Name, fmt.Sprintf("%.2f ms a pod, %.0f%% of one", u.Pod, 100*u.Share), "", true)
+	}
+	line("CPU of all", fmt.Sprintf("%.2f ms a pod", all), "", true)
 	none("CiliumEndpoints left of deleted pods", r.LeakedEndpoints)
 	none("ipcache rows left of deleted pods", r.LeakedRows)
 	line("pods, CiliumEndpoints and rows gone after", ms(r.Removed), "", true)
