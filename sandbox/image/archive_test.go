@@ -49,7 +49,8 @@ func TestArchiveNamesItsLayerByDigest(t *testing.T) {
 		}
 		tree.Link("/bin/p", "/opt/x/prog")
 		var b bytes.Buffer
-		if err := tree.Write(&b, "amd64", Config{Entrypoint: []string{"/bin/p"}}, "sandbox.local/x:1", "sandbox.local/x:2"); err != nil {
+		if err := tree.Write(&b, "amd64", Image{Config{Entrypoint: []string{"/bin/p"}}, []string{"sandbox.local/x:1", "sandbox.local/x:2"}},
+			Image{Config{Cmd: []string{"sh"}}, []string{"sandbox.local/y:1"}}); err != nil {
 			t.Fatal(err)
 		}
 		return b.Bytes()
@@ -64,7 +65,7 @@ func TestArchiveNamesItsLayerByDigest(t *testing.T) {
 		RepoTags []string
 		Layers   []string
 	}
-	if err := json.Unmarshal(f["manifest.json"], &manifest); err != nil || len(manifest) != 1 || len(manifest[0].RepoTags) != 2 {
+	if err := json.Unmarshal(f["manifest.json"], &manifest); err != nil || len(manifest) != 2 || len(manifest[0].RepoTags) != 2 || len(manifest[1].RepoTags) != 1 {
 		t.Fatalf("manifest %s: %v", f["manifest.json"], err)
 	}
 	var cfg struct {
@@ -75,6 +76,9 @@ func TestArchiveNamesItsLayerByDigest(t *testing.T) {
 	}
 	if err := json.Unmarshal(f[manifest[0].Config], &cfg); err != nil {
 		t.Fatal(err)
+	}
+	if len(cfg.Config.Entrypoint) != 1 || manifest[0].Config == manifest[1].Config || manifest[0].Layers[0] != manifest[1].Layers[0] {
+		t.Errorf("two images of a tree share more or less than their layer: %s", f["manifest.json"])
 	}
 	layer := f[manifest[0].Layers[0]]
 	sum := sha256.Sum256(layer)
