@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,9 +28,6 @@ const maxPods = 200
 
 func (c *Cluster) init(name string) proc.Ref { return c.process(name) }
 
-// zone of node number i: there are three, taken in turn.
-func zone(i int) string { return "zone-" + strconv.Itoa((i-1)%3+1) }
-
 // createNode makes a node's directory: certificates, configuration and containerd's images.
 func (c *Cluster) createNode(name, golden string) error {
 	i, err := plan.NodeIndex(name)
@@ -41,7 +37,7 @@ func (c *Cluster) createNode(name, golden string) error {
 	v4, v6 := plan.NodeAddrs(i)
 	s := node.Spec{
 		Name: name, Dir: c.nodeDir(name), IP4: v4, IP6: v6, Gateway4: plan.Gateway4, Gateway6: plan.Gateway6,
-		Zone: zone(i), Proxy: c.Proxy, Pods: []netip.Prefix{plan.Pods4, plan.Pods6}, DNS: plan.DNS4,
+		Zone: plan.Zone(i), Proxy: c.Proxy, Pods: []netip.Prefix{plan.Pods4, plan.Pods6}, DNS: plan.DNS4,
 		APIServer: apiServerURL(), APIHost: plan.ControlPlane4, Sandbox: image.Pause,
 		Kubelet: c.cache.Bin("kubelet"), KubeProxy: c.cache.Bin("kube-proxy"), MaxPods: maxPods,
 	}
