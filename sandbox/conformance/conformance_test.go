@@ -174,11 +174,11 @@ func TestProgressIsReadFromTheLog(t *testing.T) {
 	o.follow(strings.NewReader(`Running in parallel across 4 processes
 ------------------------------
 • [6.166 seconds]
-[sig-network] Services should serve [Conformance]
+[sig-network] Services should serve [Conformance] [sig-network, Conformance]
 k8s.io/kubernetes/test/e2e/network/service.go:785
 ------------------------------
 • [FAILED] [61.000 seconds]
-[sig-network] DNS [It] should fail
+[sig-network] DNS [It] should fail [sig-network]
 ------------------------------
 S [SKIPPED] [0.100 seconds]
 [sig-network] Zones [BeforeEach] should skip

@@ -174,8 +174,8 @@ func (o Options) run(ctx context.Context, name string, kit cluster.ConformanceKi
 
 var verdict = regexp.MustCompile(`^[•S](?: \[([A-Z ]+)\])?.* \[([0-9.]+) seconds\]$`)
 
-// phase is the mark on the part of a spec that failed.
-var phase = regexp.MustCompile(`\[(It|BeforeEach|AfterEach|DeferCleanup \(Each\))\] `)
+// clutter of a spec's line in the log: the mark on the part that failed, and the labels.
+var clutter = regexp.MustCompile(`\[(It|BeforeEach|AfterEach|DeferCleanup \(Each\))\] | \[sig-network(, [^\]]*)?\]$`)
 
 // follow prints a line for each spec that has ended.
 func (o Options) follow(r io.Reader, todo int) {
@@ -195,7 +195,7 @@ func (o Options) follow(r io.Reader, todo int) {
 			what = "FAIL"
 		}
 		seconds, _ := strconv.ParseFloat(m[2], 64)
-		o.Say("%3d of %d  %s %5.1fs  %s", n, todo, what, seconds, short(phase.ReplaceAllString(s.Text(), "")))
+		o.Say("%3d of %d  %s %5.1fs  %s", n, todo, what, seconds, short(clutter.ReplaceAllString(s.Text(), "")))
 	}
 	_, _ = io.Copy(io.Discard, r) // a line that is too long ends the scanner, not the log
 }
