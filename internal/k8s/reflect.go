@@ -68,12 +68,12 @@ func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Re
 		}),
 		newReflector(t, log, spec[corev1.Service, state.Service]{
 			name: "core/v1::Service", kind: "Service", table: t.Services, convert: convertService, equal: state.Service.Equal,
-			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, "!service.kubernetes.io/service-proxy-name"),
+			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, notOurs),
 		}),
 		newReflector(t, log, spec[discoveryv1.EndpointSlice, state.EndpointSlice]{
 			name: "discovery/v1::EndpointSlice", kind: "EndpointSlice", table: t.Slices, convert: convertSlice, equal: state.EndpointSlice.Equal,
 			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil,
-				"!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless,kubernetes.io/service-name"),
+				notOurs+",kubernetes.io/service-name"),
 		}),
 		newReflector(t, log, spec[corev1.Pod, state.Pod]{
 			name: "core/v1::Pods", kind: "Pod", table: t.Pods, convert: convertPod, equal: state.Pod.Equal,
@@ -81,6 +81,9 @@ func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Re
 		}),
 	}
 }
+
+// notOurs leaves out, as every proxy must, services that another proxy serves or that are to have none, and their slices.
+const notOurs = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
 
 // spec describes one kind: Obj is the API's struct, Row the table's.
 type spec[Obj, Row any] struct {
