@@ -188,3 +188,11 @@ S [SKIPPED] [0.100 seconds]
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(lines, "\n"), strings.Join(want, "\n"))
 	}
 }
+
+func TestIperfVersion(t *testing.T) {
+	for text, want := range map[string]bool{"iperf version 2.1.8 (12 August 2022) pthreads": false, "iperf version 2.2.1 (4 November 2024) pthreads": true, "iperf version 2.10.0": true, "": false} {
+		if newIperf(text) != want {
+			t.Errorf("%q: %v", text, !want)
+		}
+	}
+}

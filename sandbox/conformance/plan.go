@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -27,7 +28,7 @@ type rule struct {
 }
 
 // conditions of rules: what a machine may or may not have.
-var conditions = map[string]func() bool{"sctp": hasSCTP}
+var conditions = map[string]func() bool{"sctp": hasSCTP, "iperf-2.2": hasIperf22}
 
 // hasSCTP says whether the kernel has SCTP sockets.
 func hasSCTP() bool {
@@ -37,6 +38,21 @@ func hasSCTP() bool {
 	}
 	unix.Close(fd)
 	return true
+}
+
+// hasIperf22 says whether this machine's iperf, which the images get, reports as that version does.
+func hasIperf22() bool {
+	out, _ := exec.Command("iperf", "-v").CombinedOutput() // exits with 1
+	return newIperf(string(out))
+}
+
+func newIperf(version string) bool {
+	m := regexp.MustCompile(`iperf version 2\.([0-9]+)`).FindStringSubmatch(version)
+	if m == nil {
+		return false
+	}
+	minor, err := strconv.Atoi(m[1])
+	return err == nil && minor >= 2
 }
 
 // parseRules reads a skip list: a line is REGEXP => REASON, or unless CONDITION: REGEXP => REASON.
