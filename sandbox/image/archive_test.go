@@ -102,3 +102,36 @@ func TestCopyRefusesWhatIsNoFile(t *testing.T) {
 		t.Error("a missing file was accepted")
 	}
 }
+
+func TestArchivesAreMadeOnceAndAnewWhenTheirNamesOrInputsChange(t *testing.T) {
+	dir, src := t.TempDir(), filepath.Join(t.TempDir(), "prog")
+	if err := os.WriteFile(src, []byte("program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	made := 0
+	archives := func(layout string) string {
+		got, err := ensure(dir, func(string, ...any) { made++ }, []recipe{{name: "x", inputs: []string{src}, images: []Image{{Tags: []string{"x:1"}}}, layout: layout,
+			make: func() (*Tree, error) { tree := New(); return tree, tree.Copy("/x", src, 0o755) }}})
+		if err != nil || len(got) != 1 {
+			t.Fatal(got, err)
+		}
+		return got[0]
+	}
+	one := archives("")
+	if again := archives(""); again != one || made != 1 {
+		t.Errorf("%s, then %s, made %d times", one, again, made)
+	}
+	two := archives("x:2")
+	if two == one || made != 2 {
+		t.Errorf("a new name keeps the archive: %s, made %d times", two, made)
+	}
+	if err := os.WriteFile(src, []byte("another"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if three := archives("x:2"); three == two || made != 3 {
+		t.Errorf("a new program keeps the archive: %s, made %d times", three, made)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "x-*.tar")); err != nil || len(left) != 1 {
+		t.Errorf("left: %v %v", left, err)
+	}
+}

@@ -3,6 +3,7 @@
 package image
 
 import (
+	"fmt"
 	"path/filepath"
 	"slices"
 
@@ -35,11 +36,11 @@ func EnsureE2E(dir string, bin func(string) string, say func(string, ...any)) (a
 	}
 	crt, key := certs.Path("localhost.crt"), certs.Path("localhost.key")
 	env := []string{searchPath}
-	return ensure(dir, say, []recipe{
-		{"agnhost", append([]string{bin("agnhost"), bin("coredns"), busybox, crt, key}, tools...), []Image{
+	recipes := []recipe{
+		{name: "e2e-agnhost", inputs: append([]string{bin("agnhost"), bin("coredns"), busybox, crt, key}, tools...), images: []Image{
 			{Config{Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, Env: env}, agnhostNames},
 			{Config{Cmd: []string{"sh"}, Env: env}, shellNames},
-		}, func() (*Tree, error) {
+		}, make: func() (*Tree, error) {
 			t, err := shell(tools)
 			if err != nil {
 				return nil, err
@@ -54,13 +55,17 @@ func EnsureE2E(dir string, bin func(string) string, say func(string, ...any)) (a
 			}
 			return t, nil
 		}},
-		{"regression-issue-74839", []string{bin("regression-issue-74839")}, []Image{{Config{Entrypoint: []string{"/regression-issue-74839"}}, issue74839}}, func() (*Tree, error) {
+		{name: "e2e-regression-issue-74839", inputs: []string{bin("regression-issue-74839")}, images: []Image{{Config{Entrypoint: []string{"/regression-issue-74839"}}, issue74839}}, make: func() (*Tree, error) {
 			t := base()
 			return t, t.Copy("/regression-issue-74839", bin("regression-issue-74839"), 0o755)
 		}},
-		{"e2e-pause", []string{bin("pause")}, []Image{{Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}, pauseNames}}, func() (*Tree, error) {
+		{name: "e2e-pause", inputs: []string{bin("pause")}, images: []Image{{Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}, pauseNames}}, make: func() (*Tree, error) {
 			t := New()
 			return t, t.Copy("/pause", bin("pause"), 0o755)
 		}},
-	})
+	}
+	for i, r := range recipes {
+		recipes[i].layout = fmt.Sprint(r.images) // names and configurations follow the suite
+	}
+	return ensure(dir, say, recipes)
 }

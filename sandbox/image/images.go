@@ -35,6 +35,7 @@ type recipe struct {
 	inputs []string
 	images []Image
 	make   func() (*Tree, error)
+	layout string // what else tells one archive of the recipe from another
 }
 
 // Ensure writes the sandbox's image archives into dir unless they are there; bin finds the built programs.
@@ -45,15 +46,15 @@ func Ensure(dir string, bin func(string) string, say func(string, ...any)) (arch
 	}
 	one := func(tag string, cfg Config) []Image { return []Image{{cfg, []string{tag}}} }
 	return ensure(dir, say, []recipe{
-		{"pause", []string{bin("pause")}, one(Pause, Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}), func() (*Tree, error) {
+		{name: "pause", inputs: []string{bin("pause")}, images: one(Pause, Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}), make: func() (*Tree, error) {
 			t := New()
 			return t, t.Copy("/pause", bin("pause"), 0o755)
 		}},
-		{"coredns", []string{bin("coredns")}, one(CoreDNS, Config{Entrypoint: []string{"/coredns"}}), func() (*Tree, error) {
+		{name: "coredns", inputs: []string{bin("coredns")}, images: one(CoreDNS, Config{Entrypoint: []string{"/coredns"}}), make: func() (*Tree, error) {
 			t := base()
 			return t, t.Copy("/coredns", bin("coredns"), 0o755)
 		}},
-		{"toolbox", append([]string{bin("toolbox"), busybox}, tools...), one(Toolbox, Config{Entrypoint: []string{"/bin/toolbox"}, Cmd: []string{"pause"}, Env: []string{searchPath}}), func() (*Tree, error) {
+		{name: "toolbox", inputs: append([]string{bin("toolbox"), busybox}, tools...), images: one(Toolbox, Config{Entrypoint: []string{"/bin/toolbox"}, Cmd: []string{"pause"}, Env: []string{searchPath}}), make: func() (*Tree, error) {
 			t, err := shell(tools)
 			if err != nil {
 				return nil, err
@@ -116,7 +117,10 @@ func writeArchive(out string, t *Tree, images []Image) error {
 // reading of hundreds of megabytes at each start.
 func stamp(r recipe) (string, error) {
 	h := sha256.New()
-	fmt.Fprintln(h, "layout 2", r.images)
+	fmt.Fprintln(h, "layout 1")
+	if r.layout != "" {
+		fmt.Fprintln(h, r.layout)
+	}
 	for _, f := range r.inputs {
 		st, err := os.Stat(f)
 		if err != nil {
@@ -173,7 +177,7 @@ func shell(tools []string) (*Tree, error) {
 	}
 	for _, a := range strings.Fields(string(applets)) {
 		if a != "busybox" && a != "wget" { // the static busybox's wget crashes without name service libraries
-			t.Link("/bin/"+a, "busybox")
+			t.Link("/bin/"+a, busybox)
 		}
 	}
 	for _, tool := range tools {
