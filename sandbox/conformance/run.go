@@ -58,7 +58,10 @@ func Run(ctx context.Context, name string, o Options) error {
 	ours := errors.Is(err, cluster.ErrNotUp)
 	results, err := o.run(ctx, name, kit, specs)
 	if ours && !o.Keep {
-		err = errors.Join(err, c.Down(context.WithoutCancel(ctx)))
+		if down := c.Down(context.WithoutCancel(ctx)); down != nil {
+			o.Say("taking the cluster down: %v", down) // beside a failure of specs it would not be seen
+			err = errors.Join(err, down)
+		}
 	}
 	if err != nil && ctx.Err() != nil {
 		return errors.Join(errors.New("interrupted"), err)
