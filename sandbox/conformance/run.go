@@ -55,9 +55,9 @@ func Run(ctx context.Context, name string, o Options) error {
 		return nil
 	}
 	_, err = cluster.Open(name, func(string, ...any) {})
-	ours := errors.Is(err, cluster.ErrNotUp)
-	results, err := o.run(ctx, name, kit, specs)
-	if ours && !o.Keep {
+	stays := o.Keep || !errors.Is(err, cluster.ErrNotUp)
+	results, err := o.run(ctx, name, kit, specs, stays)
+	if !stays {
 		if down := c.Down(context.WithoutCancel(ctx)); down != nil {
 			o.Say("taking the cluster down: %v", down) // beside a failure of specs it would not be seen
 			err = errors.Join(err, down)
@@ -103,7 +103,7 @@ func printPlan(w io.Writer, specs []Spec) {
 	fmt.Fprintf(w, "%d to run, %d skipped\n", n, len(specs)-n)
 }
 
-func (o Options) run(ctx context.Context, name string, kit cluster.ConformanceKit, specs []Spec) ([]Result, error) {
+func (o Options) run(ctx context.Context, name string, kit cluster.ConformanceKit, specs []Spec, stays bool) ([]Result, error) {
 	todo := 0
 	for _, s := range specs {
 		if s.Skip == "" {
@@ -151,7 +151,9 @@ func (o Options) run(ctx context.Context, name string, kit cluster.ConformanceKi
 	if err != nil {
 		return nil, err
 	}
-	cmd.WaitDelay = 90 * time.Second // the suite removes its namespaces when it is told to end
+	if stays {
+		cmd.WaitDelay = 90 * time.Second // the suite removes its namespaces when it is told to end
+	}
 	r, w := io.Pipe()
 	cmd.Stdout, cmd.Stderr = w, w
 	done := make(chan struct{})
