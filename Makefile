@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test demo demo-down test-kernels bench bench-control bench-identities clean
+.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test conformance demo demo-down test-kernels bench bench-control bench-identities clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ test: lint unit packet netns e2e ## every layer
 MODE ?= vxlan
 demo: image ## a three-node cluster on Lash, checked and left running; MODE=native without tunnel
 	bin/sandbox demo --mode $(MODE)
+
+conformance: image ## the upstream Kubernetes e2e suite's network specs on six nodes without kube-proxy; MODE=native without tunnel
+	bin/sandbox conformance --name conformance --mode $(MODE) $(CONFORMANCE)
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down

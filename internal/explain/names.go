@@ -142,8 +142,8 @@ type party struct {
 	node  string // of a pod and of a host
 	addrs []netip.Addr
 	ports []state.ServicePortSpec // of a service
-	given bool                // by its address
-	ends  []party             // of a service without an address, or as a source: its endpoints
+	given bool                    // by its address
+	ends  []party                 // of a service without an address, or as a source: its endpoints
 }
 
 // resolve finds what a person means.
