@@ -278,11 +278,22 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		HostRouting: a.routing.BPF,
 		Masquerade4: cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, Masquerade6: cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
 		ConnMax: uint32(cfg.BPFCTMax), ServiceMax: uint32(cfg.BPFLBMapMax), NoTCX: !cfg.EnableTCX,
+		OutsideClusterIP: cfg.LBExternalClusterIP, DropNoBackend: cfg.ServiceNoBackend == "drop", NoBindProtection: !cfg.NodePortBindProtection,
+		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
+	}
+	var err error
+	if c.HostNetns, err = datapath.NetnsCookie(); err != nil {
+		return c, err
 	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()
 	if d := a.detection.Load(); d != nil {
 		if direct, ok := d.DirectRouting(); ok {
 			c.DirectIfindex = direct.Ifindex
+			for _, a := range []netip.Addr{direct.IPv4, direct.IPv6} {
+				if a.IsValid() {
+					c.NodeAddrs = append(c.NodeAddrs, a)
+				}
+			}
 		}
 	}
 	for _, p := range []netip.Prefix{cfg.IPv4NativeRoutingCIDR, cfg.IPv6NativeRoutingCIDR} {

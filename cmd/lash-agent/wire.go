@@ -36,6 +36,9 @@ const (
 	serviceThrottle = 5 * time.Millisecond
 )
 
+// servicesAtOnce are written at the same time: only those that get a Maglev table wait for the kernel.
+const servicesAtOnce = 32
+
 // agent is what the parts share. It is filled in by run from top to bottom and not changed afterwards, except where a
 // field says so.
 type agent struct {
@@ -61,6 +64,7 @@ type agent struct {
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
 	tunnel     tunnelDevice
+	noServices bool // the kernel had none when the agent started
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs
@@ -244,6 +248,7 @@ func nodeConfig(cfg *config.Config, name string) node.Config {
 		Name: name, IPAM: cfg.IPAM, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6,
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
+		NodePorts: cfg.KubeProxyReplacement, NodePortCIDRs: cfg.NodePortAddresses,
 		MasqueradeIP4: cfg.EnableIPv4Masquerade && cfg.EnableBPFMasquerade, MasqueradeIP6: cfg.EnableIPv6Masquerade && cfg.EnableBPFMasquerade,
 	}
 }

@@ -152,7 +152,7 @@ func TestWrongRequestsSayWhatIsRight(t *testing.T) {
 		"/v1/endpoints/x":     {400, "1 to 65535"},
 		"/v1/endpoints/70000": {400, "1 to 65535"},
 		"/v1/endpoints/9":     {404, "lash endpoint list"},
-		"/v1/db/nothing":      {404, "frontends"},
+		"/v1/db/nothing":      {404, "service-ports"},
 		"/v1/bpf/nothing":     {404, "ipcache"},
 		"/v1/bpf/nat":         {500, "lash_nat"},
 	} {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/state"
@@ -20,6 +21,7 @@ type Config struct {
 	CanDSR     bool           // it works here; otherwise a service's own choice of it is not followed
 	Maglev     bool           // the algorithm where a service does not choose
 	Topology   bool           // follow topology hints
+	Affinity   bool           // follow session affinity
 	// OutsideClusterIP lets packets from outside reach ClusterIPs.
 	OutsideClusterIP bool
 	// NodePortFirst and NodePortLast bound what the API server gives to NodePorts: HostPorts there are not served.
@@ -99,8 +101,11 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 		}
 		for _, p := range svc.Ports {
 			c := &claim{name: name{svc.Key(), p.Name, p.Proto, ipv6}, rank: rank{created: svc.Created}, port: model.ServicePort{
-				Namespace: svc.Namespace, Name: svc.Name, Port: p.Name, Proto: p.Proto, IPv6: ipv6, Affinity: uint32(svc.SessionAffinitySec),
+				Namespace: svc.Namespace, Name: svc.Name, Port: p.Name, Proto: p.Proto, IPv6: ipv6,
 			}}
+			if cfg.Affinity {
+				c.port.Affinity = uint32(svc.SessionAffinitySec)
+			}
 			if len(svc.LoadBalancerIPs) > 0 {
 				for _, r := range svc.SourceRanges {
 					if r.Addr().Is6() == ipv6 {
@@ -291,4 +296,12 @@ func warn(about, format string, args ...any) state.Warning {
 	return state.Warning{Key: warningPrefix + text, Text: text}
 }
 
-const warningPrefix = "services/"
+const warningPrefix, aboutService = "services/", "service "
+
+// OfService is what a warning says of a service, "namespace/name". ok: it is about one.
+func OfService(w state.Warning) (key, text string, ok bool) {
+	if !strings.HasPrefix(w.Key, warningPrefix+aboutService) {
+		return "", "", false
+	}
+	return strings.Cut(strings.TrimPrefix(w.Text, aboutService), ": ")
+}
