@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/testutil"
 )
 
