@@ -420,7 +420,7 @@ struct {
  * path reads. */
 struct maglev_table {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_INNER_MAP); /* tables may differ in size: cfg_maglev_size + 1 */
+	__uint(map_flags, BPF_F_INNER_MAP | BPF_F_MMAPABLE); /* of cfg_maglev_size + 1, written at once */
 	__uint(max_entries, 16382);
 	__type(key, __u32);
 	__type(value, __u32);

@@ -12,6 +12,7 @@ import (
 // States of a Component.
 const (
 	StateOk       = "Ok"
+	StateEnabled  = "Enabled"
 	StateDisabled = "Disabled"
 	StateFailure  = "Failure"
 	StateWarning  = "Warning"
@@ -77,12 +78,14 @@ type KubeProxyReplacement struct {
 	SocketLB         string           `json:"socketLB"`         // Enabled, Disabled
 	SocketLBTracing  string           `json:"socketLBTracing"`  // Disabled
 	SocketLBCoverage string           `json:"socketLBCoverage"` // Full, Hostns-only
-	LBMode           string           `json:"lbMode"`           // SNAT; empty: not in this version
-	BackendSelection string           `json:"backendSelection"` // Random
+	LBMode           string           `json:"lbMode"`           // SNAT, DSR, Hybrid
+	DSRDispatch      string           `json:"dsrDispatch,omitempty"`
+	BackendSelection string           `json:"backendSelection"` // Random, Maglev (Table Size: 16381)
 	SessionAffinity  string           `json:"sessionAffinity"`
 	NAT46            string           `json:"nat46"`
 	XDPAcceleration  string           `json:"xdpAcceleration"`
 	Services         []ServiceFeature `json:"services"` // ClusterIP, NodePort, LoadBalancer, externalIPs, HostPort in this order
+	Annotations      []string         `json:"annotations,omitempty"`
 }
 
 // ServiceFeature is one kind of service frontend.

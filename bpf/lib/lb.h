@@ -156,7 +156,7 @@ static __noinline int lb_choose(struct pkt *p, struct scratch *scratch, const st
 	c->service = svc->id;
 	if (svc->affinity)
 		had = lb_remembered(scratch, p, svc);
-	if (had) {
+	if (had && !(local && !endpoint_of(&had->addr))) {
 		c->to_addr = had->addr;
 		c->to_port = had->port;
 		had->used = ticks();

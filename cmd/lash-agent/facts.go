@@ -52,6 +52,7 @@ func (a *agent) facts() server.Facts {
 
 		Kubernetes: a.kubernetesFact(), KubernetesAPIs: slices.Sorted(slices.Values(a.kinds)),
 		KubeProxyReplacement: a.cfg.KubeProxyReplacement, SocketLB: a.attached.Load(),
+		LB:             a.lbFact(),
 		CNIConfigFile:  "not written yet: the agent is not ready",
 		IPAM:           a.ipamFact(),
 		Routing:        api.Routing{Network: a.networkRouting(), Host: "Legacy", Reason: a.routing.Reason},

@@ -11,8 +11,10 @@ import (
 
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
+	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/reconcile"
+	"github.com/lash-net/lash/internal/server"
 	"github.com/lash-net/lash/internal/service"
 	"github.com/lash-net/lash/internal/state"
 )
@@ -28,15 +30,17 @@ func (a *agent) startServices(ctx context.Context, g *group) error {
 	if err != nil {
 		return fmt.Errorf("read the service maps: %w", err)
 	}
+	a.noServices = len(known) == 0
 	stage := service.New(a.tables, a.serviceConfig(known))
 	forget := a.forgetRemoved(target)
 	loop := reconcile.New(reconcile.Config[uint32, model.ServicePort]{
 		Name: "datapath-services", Target: target, Desired: state.DesiredChanges(a.tables.DB, a.tables.ServicePorts, state.SplitServicePort),
-		Equal: datapath.SameServicePort, Written: func(int, int) { forget.kick() }, Report: a.tables.Report, Log: a.log, Throttle: serviceThrottle,
+		Equal: datapath.SameServicePort, Written: func(int, int) { forget.kick() }, Report: a.tables.Report, Log: a.log, Throttle: serviceThrottle, Parallel: servicesAtOnce,
 	})
 	g.start("service-stage", stage.Run)
 	g.start("datapath-services", loop.Run)
 	g.start("service-sweep", func(ctx context.Context) error { return forget.run(ctx, loop) })
+	a.answerHealth(g)
 	path, err := cgroupRoot(a.cfg.CgroupRoot)
 	if err != nil {
 		return err
@@ -46,6 +50,36 @@ func (a *agent) startServices(ctx context.Context, g *group) error {
 	}
 	a.attached.Store(true)
 	return nil
+}
+
+// lbFact is how services are served.
+func (a *agent) lbFact() server.LoadBalancing {
+	cfg := a.cfg
+	f := server.LoadBalancing{
+		Mode: map[string]string{"snat": "SNAT", "dsr": "DSR", "hybrid": "Hybrid"}[cfg.LBMode], Algorithm: "Random", SessionAffinity: cfg.SessionAffinity,
+		Acceleration: "Disabled", NodePortRange: fmt.Sprintf("%d-%d", cfg.NodePortRange.First, cfg.NodePortRange.Last), Annotations: k8s.ServiceAnnotations(),
+	}
+	if cfg.LBMode != "snat" {
+		f.DSRDispatch = map[string]string{"opt": "IP Option/Extension", "ipip": "IPIP", "geneve": "Geneve"}[cfg.LBDSRDispatch]
+	}
+	if cfg.LBAlgorithm == "maglev" {
+		f.Algorithm = fmt.Sprintf("Maglev (Table Size: %d)", cfg.LBMaglevTableSize)
+	}
+	if cfg.LBAcceleration != "disabled" {
+		f.Acceleration = "Disabled (" + cfg.LBAcceleration + " is configured; this version has no XDP program)"
+	}
+	return f
+}
+
+// answerHealth answers load balancers, and who asks for kube-proxy.
+func (a *agent) answerHealth(g *group) {
+	healthy := func() bool { return a.phase.Load().ready }
+	checks := server.NewServiceHealth(a.tables, healthy, a.log)
+	context.AfterFunc(g.ctx, func() { checks.Close() })
+	a.task(g, &state.Task{Name: "service-health-checks", Inputs: []state.Input{state.From(a.tables.HealthChecks.ToTable())}, Do: checks.Sync})
+	if addr := a.cfg.KPRHealthzBindAddr; addr != "" {
+		g.start("kube-proxy-healthz", func(ctx context.Context) error { return server.ServeProxyHealth(ctx, addr, healthy) })
+	}
 }
 
 // forgetting makes the datapath forget backends that are gone, as soon as they are and once after the start: some may have

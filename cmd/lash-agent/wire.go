@@ -37,6 +37,9 @@ const (
 	serviceThrottle = 5 * time.Millisecond
 )
 
+// servicesAtOnce are written at the same time: only those that get a Maglev table wait for the kernel.
+const servicesAtOnce = 32
+
 // agent is what the parts share. It is filled in by run from top to bottom and not changed afterwards, except where a
 // field says so.
 type agent struct {
@@ -63,6 +66,7 @@ type agent struct {
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
 	tunnel     tunnelDevice
+	noServices bool // the kernel had none when the agent started
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs

@@ -320,6 +320,7 @@ func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 	detail("Socket LB Coverage", k.SocketLBCoverage)
 	detail("Devices", devices(k.Devices))
 	detail("Mode", k.LBMode)
+	detail("DSR Dispatch Mode", k.DSRDispatch)
 	detail("Backend Selection", k.BackendSelection)
 	detail("Session Affinity", k.SessionAffinity)
 	detail("NAT46/64 Support", k.NAT46)
@@ -331,6 +332,12 @@ func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 			text += " (" + f.Note + ")"
 		}
 		row(w, "  - "+f.Name+":", text)
+	}
+	if len(k.Annotations) > 0 {
+		row(w, "  Annotations:")
+		for _, a := range k.Annotations {
+			row(w, "  - "+a)
+		}
 	}
 }
 

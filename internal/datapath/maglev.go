@@ -22,16 +22,11 @@ import (
 type maglev struct {
 	size uint32 // a prime
 	seed []byte
-	keys []uint32 // 0 to size, for batches
 }
 
 // newMaglev prepares tables of a size.
 func newMaglev(size uint32, seed []byte) *maglev {
-	m := &maglev{size: size, seed: seed, keys: make([]uint32, size+1)}
-	for i := range m.keys {
-		m.keys[i] = uint32(i)
-	}
-	return m
+	return &maglev{size: size, seed: seed}
 }
 
 // permutation begins at offset and goes on by skip: since the size is a prime, it meets every entry.
@@ -110,34 +105,74 @@ func (m *maglev) write(outer *ebpf.Map, id, first uint32, slots []bpf.Backend, s
 		values[i] = first + uint32(sorted[b])
 	}
 	values = append(values, m.sum(first, slots))
-	inner, err := ebpf.NewMap(&ebpf.MapSpec{
-		Name: "lash_maglev_tbl", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: m.size + 1, Flags: unix.BPF_F_INNER_MAP,
+
+	// A table there is is written in place: to put another into the outer map, the kernel waits for every program that may
+	// still read the first. Each entry leads to a slot at any time.
+	inner, err := m.open(outer, id)
+	if err != nil {
+		return err
+	}
+	if inner != nil {
+		defer inner.Close()
+		return m.fill(inner, values)
+	}
+	inner, err = ebpf.NewMap(&ebpf.MapSpec{
+		Name: "lash_maglev_tbl", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: m.size + 1, Flags: unix.BPF_F_INNER_MAP | unix.BPF_F_MMAPABLE,
 	})
 	if err != nil {
 		return fmt.Errorf("make a Maglev table: %w", err)
 	}
 	defer inner.Close()
-	if _, err := inner.BatchUpdate(m.keys, values, nil); err != nil {
-		return fmt.Errorf("fill a Maglev table: %w", err)
+	if err := m.fill(inner, values); err != nil {
+		return err
 	}
 	return outer.Put(id, inner)
 }
 
+// entryStride is what an entry of an array takes, whatever its size.
+const entryStride = 8
+
+// fill writes all entries by the table's memory: by system calls it would take a hundred times as long. The sum is last.
+func (m *maglev) fill(inner *ebpf.Map, values []uint32) error {
+	memory, err := inner.Memory()
+	if err != nil {
+		return fmt.Errorf("map a Maglev table: %w", err)
+	}
+	buf := make([]byte, entryStride*len(values))
+	for i, v := range values {
+		binary.NativeEndian.PutUint32(buf[entryStride*i:], v)
+	}
+	if _, err := memory.WriteAt(buf, 0); err != nil {
+		return fmt.Errorf("fill a Maglev table: %w", err)
+	}
+	return nil
+}
+
+// open returns the table of a service port if there is one of the right size, else nil.
+func (m *maglev) open(outer *ebpf.Map, id uint32) (*ebpf.Map, error) {
+	var inner *ebpf.Map
+	if err := outer.Lookup(id, &inner); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	if inner.MaxEntries() != m.size+1 {
+		return nil, inner.Close()
+	}
+	return inner, nil
+}
+
 // matches reports whether the kernel's table of the service port is that of the backends in slots from first.
 func (m *maglev) matches(outer *ebpf.Map, id, first uint32, slots []bpf.Backend) (bool, error) {
-	var inner *ebpf.Map
-	err := outer.Lookup(id, &inner)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return len(slots) == 0, nil
-	}
+	inner, err := m.open(outer, id)
 	if err != nil {
 		return false, err
 	}
+	if inner == nil {
+		return len(slots) == 0, nil
+	}
 	defer inner.Close()
 	var sum uint32
-	if inner.MaxEntries() != m.size+1 {
-		return false, nil
-	}
 	if err := inner.Lookup(m.size, &sum); err != nil {
 		return false, err
 	}

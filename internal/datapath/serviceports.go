@@ -20,7 +20,8 @@ import (
 // and the rows that service ports share, lash_ports and those of addresses. It is a target keyed by the number of a
 // service port. The kernel keeps neither names nor types: compare with SameServicePort.
 //
-// A packet in between finds the old or the new: what rows lead to is written before them, and removed after them.
+// A packet in between finds the old or the new: what rows lead to is written before them, and removed after them. Service
+// ports may be written at the same time, each by one caller; List must not run meanwhile.
 type ServicePorts struct {
 	d *Datapath
 	m *maglev
@@ -334,6 +335,9 @@ func (t *ServicePorts) writeMaglev(id uint32, old, now *written, head bpf.Servic
 	slices.SortFunc(order, func(a, b int) int {
 		return now.port.Backends[now.slots[int(first)-1+a]].Compare(now.port.Backends[now.slots[int(first)-1+b]])
 	})
+	// The kernel takes a grace period to accept a new table. Others go on meanwhile; nobody else writes this service port.
+	t.mu.Unlock()
+	defer t.mu.Lock()
 	return t.m.write(t.d.maps["lash_maglev"], id, first, rows, order)
 }
 

@@ -23,6 +23,16 @@ const (
 
 var annotationGroups = []string{"service.lash.io/", "service.cilium.io/"}
 
+// ServiceAnnotations are the annotations of a Service that are followed.
+func ServiceAnnotations() []string {
+	var out []string
+	for _, group := range annotationGroups {
+		out = append(out, group+annotationMode, group+annotationAlgorithm)
+	}
+	slices.Sort(out)
+	return out
+}
+
 const maxAffinitySeconds = 24 * 60 * 60 // Kubernetes' own bound
 
 // choice is the value of an annotation of a service, which must be one of those allowed; empty: it has none.
@@ -59,7 +69,7 @@ func (p *problems) addrs(field string, list []string) (out []netip.Addr) {
 func convertService(svc *corev1.Service) (state.Service, problems) {
 	var p problems
 	row := state.Service{
-		Namespace: svc.Namespace, Name: svc.Name, Created: svc.CreationTimestamp.Unix(), Type: string(svc.Spec.Type),
+		Namespace: svc.Namespace, Name: svc.Name, UID: string(svc.UID), Created: svc.CreationTimestamp.Unix(), Type: string(svc.Spec.Type),
 		PublishNotReady: svc.Spec.PublishNotReadyAddresses,
 		InternalLocal:   svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		ExternalLocal:   svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal,

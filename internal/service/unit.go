@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/state"
@@ -295,4 +296,12 @@ func warn(about, format string, args ...any) state.Warning {
 	return state.Warning{Key: warningPrefix + text, Text: text}
 }
 
-const warningPrefix = "services/"
+const warningPrefix, aboutService = "services/", "service "
+
+// OfService is what a warning says of a service, "namespace/name". ok: it is about one.
+func OfService(w state.Warning) (key, text string, ok bool) {
+	if !strings.HasPrefix(w.Key, warningPrefix+aboutService) {
+		return "", "", false
+	}
+	return strings.Cut(strings.TrimPrefix(w.Text, aboutService), ": ")
+}

@@ -24,6 +24,7 @@ type ServicePortSpec struct {
 // Service is a core/v1 Service.
 type Service struct {
 	Namespace, Name     string
+	UID                 string
 	Created             int64        // Unix seconds
 	Type                string       // ClusterIP, NodePort, LoadBalancer, ExternalName
 	ClusterIPs          []netip.Addr // empty if headless
@@ -46,7 +47,7 @@ func (r Service) Key() string { return r.Namespace + "/" + r.Name }
 
 // Equal compares services.
 func (r Service) Equal(o Service) bool {
-	return r.Namespace == o.Namespace && r.Name == o.Name && r.Created == o.Created && r.Type == o.Type && r.PublishNotReady == o.PublishNotReady &&
+	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.Created == o.Created && r.Type == o.Type && r.PublishNotReady == o.PublishNotReady &&
 		r.InternalLocal == o.InternalLocal && r.ExternalLocal == o.ExternalLocal && r.SessionAffinitySec == o.SessionAffinitySec &&
 		r.HealthCheckNodePort == o.HealthCheckNodePort && r.Mode == o.Mode && r.Algorithm == o.Algorithm && r.RangesBroken == o.RangesBroken &&
 		slices.Equal(r.ClusterIPs, o.ClusterIPs) && slices.Equal(r.ExternalIPs, o.ExternalIPs) && slices.Equal(r.LoadBalancerIPs, o.LoadBalancerIPs) &&
