@@ -705,5 +705,5 @@ var Programs = map[string][]string{
 	"netdev":  {"from_netdev", "to_netdev"},
 	"overlay": {"from_overlay"},
 	"pod":     {"clock", "from_container"},
-	"sock":    {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
+	"sock":    {"bind4", "bind6", "connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "sock_release"},
 }

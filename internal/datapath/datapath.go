@@ -43,6 +43,8 @@ type Config struct {
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
 
+	DropNoBackend bool // connections to services without backends are dropped, not refused
+
 	NoTCX bool // attach by clsact even where tcx exists
 }
 
@@ -67,7 +69,8 @@ type Datapath struct {
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
 }
 
-// Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
+// Open creates or reuses the pinned maps and loads all programs. The caller's network
+// namespace is the node's. Nothing is attached:
 // what an earlier agent attached goes on forwarding until Attach replaces it.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.SNATMin == 0 {
@@ -138,6 +141,10 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 	if err != nil {
 		return nil, err
 	}
+	netns, err := NetnsCookie()
+	if err != nil {
+		return nil, err
+	}
 	ticks := func(t time.Duration) uint32 { return uint32(t/time.Second) * hz }
 	c := &bpf.Constants{
 		HZ:             hz,
@@ -154,6 +161,8 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		Masquerade6:    d.cfg.Masquerade6,
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
+		HostNetns:      netns,
+		LBRefuse:       !d.cfg.DropNoBackend,
 		HaveSetRetval:  d.features.SetRetval,
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 	}
@@ -189,6 +198,20 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		c.Pod6Net, c.Pod6Mask = bpf.PrefixFrom(v6[0])
 	}
 	return c, nil
+}
+
+// NetnsCookie is the kernel's number of the calling thread's network namespace.
+func NetnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	return cookie, nil
 }
 
 // ticksPerSecond is CONFIG_HZ: the coarse clock advances once a tick.

@@ -199,7 +199,7 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
-	bpf.SlowReport: "Fast path, with an event",
+	bpf.SlowReport: "Fast path, with an event", bpf.SlowRefused: "Service refused",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {
