@@ -17,7 +17,8 @@ const (
 	HostToHost = "host to host"
 	Overlay    = "VXLAN"
 	Legacy     = "legacy"
-	Events     = "events"   // told to a listener; compared with Lash without one
+	Events     = "events" // told to a listener; compared with Lash without one
+	WithinPod  = "within a pod"
 	Services   = "services" // translated at the socket; compared with Lash asked for the backend itself
 )
 
@@ -51,6 +52,8 @@ func Paths() []Path {
 		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
 		{Name: "lash-vxlan", Group: Overlay, Against: Bare, Gated: true, Setup: lashAcross(mode{tunnel: true})},
 		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
+		{Name: "loopback", Group: WithinPod, Setup: withinPod},
+		{Name: "lash-sockmap", Group: WithinPod, Against: "loopback", Gated: true, Setup: lashSockmap},
 		{Name: "lash-hooks", Group: Services, Against: "lash-same", Setup: lashHooks},
 		{Name: "lash-service", Group: Services, Against: "lash-same", Gated: true, Setup: lashService},
 		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},

@@ -64,6 +64,8 @@ type Datapath struct {
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
 
+	local error // why sockets of a pod cannot do without packets; nil: they can
+
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
@@ -101,7 +103,10 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, err
 	}
 	for object := range bpf.Programs {
-		if err := d.load(object, constants); err != nil {
+		err := d.load(object, constants)
+		if object == localObject {
+			d.local = err // a kernel may lack what it needs; everything else works without
+		} else if err != nil {
 			d.Close()
 			return nil, err
 		}

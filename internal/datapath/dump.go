@@ -190,6 +190,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 
 var hookNames = [bpf.Hooks]string{
 	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
+	bpf.HookLocal: "sockmap",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -199,7 +200,7 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
-	bpf.SlowReport: "Fast path, with an event", bpf.SlowRefused: "Service refused",
+	bpf.SlowReport: "Fast path, with an event", bpf.SlowRefused: "Service refused", bpf.SlowBulk: "Sockmap: too much at once, by packets from here",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {

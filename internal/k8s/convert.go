@@ -5,6 +5,7 @@ package k8s
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -114,6 +115,10 @@ func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 	return row, p
 }
 
+// sockmapAnnotation asks that connections between the containers of a pod exchange small messages by a BPF sockmap, without
+// packets.
+const sockmapAnnotation = "lash.io/sockmap"
+
 func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 	var p problems
 	row := state.Pod{
@@ -122,6 +127,16 @@ func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 		ServiceAccount: pod.Spec.ServiceAccountName, Terminating: pod.DeletionTimestamp != nil,
 	}
 	_, row.Mirror = pod.Annotations[corev1.MirrorPodAnnotationKey]
+	if text, ok := pod.Annotations[sockmapAnnotation]; ok {
+		asked, err := strconv.ParseBool(text)
+		if err != nil {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "%q is neither true nor false", text)
+		}
+		row.Sockmap = asked && !row.HostNetwork
+		if asked && row.HostNetwork {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "has no effect on a pod in the node's network namespace")
+		}
+	}
 	for _, ref := range pod.OwnerReferences {
 		row.Controlled = row.Controlled || ref.Controller != nil && *ref.Controller && ref.Kind != "Node"
 	}

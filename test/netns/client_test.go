@@ -24,6 +24,10 @@ import (
 const clientVariable = "LASH_TEST_CLIENT"
 
 func TestMain(m *testing.M) {
+	if os.Getenv(scenarioVariable) != "" {
+		runScenario()
+		return
+	}
 	if os.Getenv(clientVariable) != "" {
 		runClient()
 		return
