@@ -496,6 +496,55 @@ struct {
 	__type(value, struct sock_pin);
 } lash_sock_pin SEC(".maps");
 
+/* --- Sockets of one pod that are connected with each other exchange data without packets
+ * (sockmap.c), in the network namespaces that asked for it. lash_local_netns: those, by cookie;
+ * the agent writes. lash_local_pairs: connections of which an end was seen, under the tuple of
+ * lash_conn; programs write, old rows are evicted: then the connection goes on by packets.
+ * lash_local_socks: the ends themselves, which leave it when they are closed. */
+struct pair_key {
+	struct conn_key tuple;   /* pad[0] of a key of lash_local_socks: 1 for the hi side's socket */
+	__u64 netns;
+};
+
+enum pair_state {
+	PAIR_SEEN    = 1,        /* the end is established, with these sequence numbers */
+	PAIR_LOCAL   = 2,        /* what it sends goes to the other end's socket */
+	PAIR_PACKETS = 4,        /* what it sends goes by packets, for good: order would be lost */
+};
+
+struct pair_end {
+	__u32 snd_nxt;           /* when it was established */
+	__u32 rcv_nxt;
+	__u32 unanswered;        /* bytes since the other end, having read all, sent something */
+	__u32 state;             /* enum pair_state */
+};
+
+struct pair {
+	struct pair_end lo, hi;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u32);
+} lash_local_netns SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct pair_key);
+	__type(value, struct pair);
+} lash_local_pairs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 32768);
+	__type(key, struct pair_key);
+	__type(value, __u64);
+} lash_local_socks SEC(".maps");
+
 /* --- lash_drops: every drop, by reason, direction, line and file. */
 struct drop_key {
 	__u8 reason;             /* enum drop_reason */
@@ -526,6 +575,7 @@ enum hook {
 	HOOK_NETDEV_OUT,         /* to_netdev */
 	HOOK_SOCK,
 	HOOK_OVERLAY,            /* from_overlay */
+	HOOK_LOCAL,              /* messages between sockets of a pod */
 	HOOKS,
 };
 
@@ -548,6 +598,7 @@ enum slow_reason {
 	SLOW_REPORT,             /* followed its decision, with an event */
 	SLOW_REFUSED,            /* a service has no backend, or its address no such port: answered with a refusal */
 	SLOW_ECHO,               /* ping of a service's address: answered */
+	SLOW_BULK,               /* of HOOK_LOCAL: a connection that carries much at once goes on by packets */
 	COUNT_ROWS,
 };
 

@@ -221,6 +221,26 @@ type Message struct {
 	Hash    uint32
 }
 
+// Pair is struct pair, 32 bytes.
+type Pair struct {
+	Lo PairEnd
+	Hi PairEnd
+}
+
+// PairEnd is struct pair_end, 16 bytes.
+type PairEnd struct {
+	SndNxt     uint32
+	RcvNxt     uint32
+	Unanswered uint32
+	State      uint32
+}
+
+// PairKey is struct pair_key, 48 bytes.
+type PairKey struct {
+	Tuple ConnKey
+	Netns uint64
+}
+
 // Runtime is struct runtime, 24 bytes.
 type Runtime struct {
 	Epoch       uint32
@@ -514,7 +534,8 @@ const (
 	HookNetdevOut = 3
 	HookSock      = 4
 	HookOverlay   = 5
-	Hooks         = 6
+	HookLocal     = 6
+	Hooks         = 7
 )
 
 // enum identity.
@@ -575,7 +596,8 @@ const (
 	SlowReport     = 15
 	SlowRefused    = 16
 	SlowEcho       = 17
-	CountRows      = 18
+	SlowBulk       = 18
+	CountRows      = 19
 )
 
 // enum trace_flags.
@@ -709,6 +731,9 @@ var Maps = []string{
 	"lash_frags",
 	"lash_ifaces",
 	"lash_ipcache",
+	"lash_local_netns",
+	"lash_local_pairs",
+	"lash_local_socks",
 	"lash_maglev",
 	"lash_members",
 	"lash_nat",
@@ -727,5 +752,6 @@ var Programs = map[string][]string{
 	"netdev":  {"from_netdev", "to_netdev"},
 	"overlay": {"from_overlay"},
 	"pod":     {"clock", "from_container"},
-	"sock":    {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
+	"sock":    {"bind4", "bind6", "connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "sock_release"},
+	"sockmap": {"local_established", "local_message"},
 }

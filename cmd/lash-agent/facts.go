@@ -79,6 +79,7 @@ func (a *agent) facts() server.Facts {
 	}
 	if p.dp != nil {
 		f.Monitor = a.monitorFact(p.dp)
+		f.Sockmap = sockmapFact(p.dp)
 		f.AttachMode = "Legacy TC"
 		if p.dp.Features().TCX {
 			f.AttachMode = "TCX"

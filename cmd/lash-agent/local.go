@@ -282,10 +282,6 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
 		DSR: cfg.KubeProxyReplacement && cfg.DSRProblem() == "",
 	}
-	var err error
-	if c.HostNetns, err = datapath.NetnsCookie(); err != nil {
-		return c, err
-	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()
 	if d := a.detection.Load(); d != nil {
 		if direct, ok := d.DirectRouting(); ok {

@@ -222,6 +222,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
+	a.task(g, a.sockmap())
 	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
 	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })

@@ -188,6 +188,7 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 	short("Hubble", s.Hubble)
 	if verbose {
 		table(func(tw io.Writer) { kprDetails(tw, kpr) })
+		line("Sockmap", sockmap(s.Sockmap)...)
 		table(func(tw io.Writer) { bpfMaps(tw, s.BPFMaps) })
 	}
 	if verbose {
@@ -305,6 +306,17 @@ func controllers(w io.Writer, s *agent.Status, verbose bool) {
 		}
 		row(w, "  "+c.Name, ago(c.LastSuccess), ago(c.LastError), strconv.FormatUint(c.Count, 10), message, "")
 	}
+}
+
+func sockmap(m agent.Sockmap) []string {
+	if m.Pods == 0 {
+		reason := m.Reason
+		if reason == "" {
+			reason = "no pod of this node asks for it (annotation lash.io/sockmap)"
+		}
+		return []string{"Disabled", reason}
+	}
+	return []string{"Enabled", fmt.Sprintf("%d pods, %d messages (%.1f MiB) without packets, %d directions too busy for it", m.Pods, m.Messages, float64(m.Bytes)/(1<<20), m.Bulk)}
 }
 
 func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {

@@ -47,7 +47,6 @@ type Config struct {
 	ServiceMax uint32 // rows of lash_services; four times as many backends
 
 	NodeAddrs        []netip.Addr // of the node on the direct device, at most one a family
-	HostNetns        uint64       // cookie of the node's network namespace
 	OutsideClusterIP bool         // packets from outside reach ClusterIPs
 	DropNoBackend    bool         // connections to services without backends are dropped, not refused
 	NoBindProtection bool         // sockets of the node may bind NodePorts
@@ -73,6 +72,8 @@ type Datapath struct {
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
 
+	local error // why sockets of a pod cannot do without packets; nil: they can
+
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
@@ -83,7 +84,8 @@ type Datapath struct {
 	epochs epochs
 }
 
-// Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
+// Open creates or reuses the pinned maps and loads all programs. The caller's network
+// namespace is the node's. Nothing is attached:
 // what an earlier agent attached goes on forwarding until Attach replaces it.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.SNATMin == 0 {
@@ -114,7 +116,10 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, err
 	}
 	for object := range bpf.Programs {
-		if err := d.load(object, constants); err != nil {
+		err := d.load(object, constants)
+		if object == localObject {
+			d.local = err // a kernel may lack what it needs; everything else works without
+		} else if err != nil {
 			d.Close()
 			return nil, err
 		}
@@ -162,6 +167,10 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 	if err != nil {
 		return nil, err
 	}
+	netns, err := NetnsCookie()
+	if err != nil {
+		return nil, err
+	}
 	ticks := func(t time.Duration) uint32 { return uint32(t/time.Second) * hz }
 	c := &bpf.Constants{
 		HZ:             hz,
@@ -186,7 +195,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		LBOutsideClusterIP: d.cfg.OutsideClusterIP,
 		LBRefuse:           !d.cfg.DropNoBackend,
 		MaglevSize:         d.cfg.maglevSize(),
-		HostNetns:          d.cfg.HostNetns,
+		HostNetns:          netns,
 	}
 	for _, a := range d.cfg.NodeAddrs {
 		if a.Is4() {
@@ -227,6 +236,20 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		c.Pod6Net, c.Pod6Mask = bpf.PrefixFrom(v6[0])
 	}
 	return c, nil
+}
+
+// NetnsCookie is the kernel's number of the calling thread's network namespace.
+func NetnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	return cookie, nil
 }
 
 // ticksPerSecond is CONFIG_HZ: the coarse clock advances once a tick.

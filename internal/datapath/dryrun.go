@@ -26,7 +26,7 @@ var programsWrite = map[string]bool{
 
 	"lash_conn": true, "lash_counts": true, "lash_drops": true, "lash_events": true, "lash_events_lost": true, "lash_frags": true,
 	"lash_nat": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
-	"lash_affinity": true, "lash_sock_pin": true,
+	"lash_affinity": true, "lash_sock_pin": true, "lash_local_netns": false, "lash_local_pairs": true, "lash_local_socks": true,
 }
 
 // hookOf is by which rows of lash_counts a program counts.

@@ -164,6 +164,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 
 var hookNames = [bpf.Hooks]string{
 	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
+	bpf.HookLocal: "sockmap",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -174,6 +175,7 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
 	bpf.SlowReport: "Fast path, with an event", bpf.SlowRefused: "Service without backend or port: refused", bpf.SlowEcho: "Ping of a service's address: answered",
+	bpf.SlowBulk: "Sockmap: too much at once, by packets from here",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {

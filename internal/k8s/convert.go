@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"unique"
 
@@ -117,6 +118,10 @@ func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 	return row, p
 }
 
+// sockmapAnnotation asks that connections between the containers of a pod exchange small messages by a BPF sockmap, without
+// packets.
+const sockmapAnnotation = "lash.io/sockmap"
+
 func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 	var p problems
 	row := state.Pod{
@@ -125,6 +130,16 @@ func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 		ServiceAccount: pod.Spec.ServiceAccountName, Terminating: pod.DeletionTimestamp != nil, Created: pod.CreationTimestamp.Unix(),
 	}
 	_, row.Mirror = pod.Annotations[corev1.MirrorPodAnnotationKey]
+	if text, ok := pod.Annotations[sockmapAnnotation]; ok {
+		asked, err := strconv.ParseBool(text)
+		if err != nil {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "%q is neither true nor false", text)
+		}
+		row.Sockmap = asked && !row.HostNetwork
+		if asked && row.HostNetwork {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "has no effect on a pod in the node's network namespace")
+		}
+	}
 	for _, ref := range pod.OwnerReferences {
 		row.Controlled = row.Controlled || ref.Controller != nil && *ref.Controller && ref.Kind != "Node"
 	}

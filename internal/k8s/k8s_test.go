@@ -310,6 +310,20 @@ func TestConversionsNameTheField(t *testing.T) {
 			_, p := convertPod(&corev1.Pod{Status: corev1.PodStatus{PodIPs: []corev1.PodIP{{IP: "?"}}}})
 			return p
 		}, `status.podIPs[0].ip: "?" is no IP address`},
+		{"pod sockmap", func() problems {
+			row, p := convertPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"lash.io/sockmap": "yes"}}})
+			if row.Sockmap {
+				p.add("sockmap", "is on")
+			}
+			return p
+		}, `metadata.annotations[lash.io/sockmap]: "yes" is neither true nor false`},
+		{"pod sockmap of the node", func() problems {
+			row, p := convertPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"lash.io/sockmap": "true"}}, Spec: corev1.PodSpec{HostNetwork: true}})
+			if row.Sockmap {
+				p.add("sockmap", "is on")
+			}
+			return p
+		}, `metadata.annotations[lash.io/sockmap]: has no effect on a pod in the node's network namespace`},
 		{"identity number", func() problems {
 			_, p := convertIdentity(&v2.CiliumIdentity{ObjectMeta: metav1.ObjectMeta{Name: "0300"}})
 			return p

@@ -35,6 +35,7 @@ type Facts struct {
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
 	Monitor              agent.NodeMonitor
+	Sockmap              agent.Sockmap
 	HealthDaemon         agent.Component
 	ProbeInterval        time.Duration
 	Why                  []agent.Requirement
@@ -89,6 +90,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		IdentityRange:    agent.IdentityRange{Min: uint32(model.IdentityMin), Max: uint32(model.IdentityMax)},
 		Hubble:           disabled(""),
 		BPFMaps:          f.BPFMaps,
+		Sockmap:          f.Sockmap,
 		Encryption:       disabled(""),
 		ClusterHealth:    clusterHealth(t, txn, f, unreachableShown),
 		MTU:              f.MTU,

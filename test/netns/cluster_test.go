@@ -84,6 +84,7 @@ type node struct {
 	n        int
 	ip4, ip6 netip.Addr
 	dp       *datapath.Datapath
+	cluster  *cluster
 	pods     []*pod
 }
 
@@ -100,6 +101,7 @@ type options struct {
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
 	connMax       uint32 // rows of lash_conn; 0: 65536
+	dropNoBackend bool   // services without backends drop instead of refusing
 }
 
 // tunnelPorts are the tunnels' usual ports.
@@ -133,7 +135,7 @@ func newCluster(t *testing.T, o options) *cluster {
 	ip(t, c.sw, "link add br0 type bridge mcast_snooping 0", "link set br0 up")
 	c.plug(t, c.outside, "out", outside4, outside6)
 	for n := 1; n <= 2; n++ {
-		nd := &node{worker: newWorker(t), n: n, ip4: addr("172.18.0.1%d", n), ip6: addr("fd18::1%d", n)}
+		nd := &node{worker: newWorker(t), cluster: c, n: n, ip4: addr("172.18.0.1%d", n), ip6: addr("fd18::1%d", n)}
 		c.plug(t, nd.ns, fmt.Sprintf("n%d", n), nd.ip4.String(), nd.ip6.String())
 		c.nodes = append(c.nodes, nd)
 	}
@@ -228,7 +230,7 @@ func (nd *node) open(c *cluster, o options) error {
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX,
+		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX, DropNoBackend: o.dropNoBackend,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
