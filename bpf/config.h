@@ -38,6 +38,7 @@ CONFIG(__u32, snat_min, "first source port for masquerading");
 CONFIG(__u32, snat_max, "last source port for masquerading");
 CONFIG(struct addr, node4, "the node's IPv4 address on the direct device (IPv4-mapped): told apart from services' without a lookup");
 CONFIG(struct addr, node6, "the same for IPv6");
+CONFIG(bool, services, "true: packets that ask for services are served; false: kube-proxy does it");
 CONFIG(bool, lb_outside_cluster_ip, "true: packets from outside reach ClusterIPs too");
 CONFIG(bool, lb_refuse, "true: connections to services without backends are refused; false: dropped");
 CONFIG(bool, dsr, "true: nodes tell each other the frontend of a connection in an IP option, and it is believed");

@@ -229,7 +229,7 @@ static __always_inline bool concerns(const struct __sk_buff *skb, const struct p
 {
 	__u16 port = bpf_ntohs(p->dport);
 
-	if (!(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
+	if (cfg_services && !(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
 		return skb->pkt_type == PACKET_HOST; /* another address of the node, a service's, or somebody else's */
 	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
 		return true;
@@ -238,7 +238,8 @@ static __always_inline bool concerns(const struct __sk_buff *skb, const struct p
 	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
 		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
-		return (port >= cfg_snat_min && port <= cfg_snat_max) || port_used(port, PORT_FRONTEND);
+		return (port >= cfg_snat_min && port <= cfg_snat_max) ||
+		       (cfg_services && port_used(port, PORT_FRONTEND));
 	return p->proto != IPPROTO_ICMPV6;
 }
 
@@ -476,7 +477,8 @@ static __noinline int to_netdev_fast(struct __sk_buff *skb)
 	if (verdict)
 		return VERDICT_OK;
 	/* Of the node's own traffic, what backends on its network answer, and errors. */
-	if (!for_pods(&p, &p.src) && !(p.flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)) && !port_used(bpf_ntohs(p.sport), PORT_BACKEND))
+	if (!for_pods(&p, &p.src) && !(cfg_services && port_used(bpf_ntohs(p.sport), PORT_BACKEND)) &&
+	    !(cfg_services && (p.flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))))
 		return VERDICT_OK;
 	slow_pkt(&p, SLOW_NOT);
 	return NOT_FAST;

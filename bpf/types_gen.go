@@ -707,6 +707,8 @@ type Constants struct {
 	Router4 Addr `cfg:"cfg_router4"`
 	// the pods' IPv6 gateway.
 	Router6 Addr `cfg:"cfg_router6"`
+	// true: packets that ask for services are served; false: kube-proxy does it.
+	Services bool `cfg:"cfg_services"`
 	// last source port for masquerading.
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.

@@ -243,7 +243,7 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 		else
 			pkt_key(k, p);
 	}
-	if (met == MET_NOTHING && (how & (MEET_INSIDE | MEET_OUTSIDE))) {
+	if (cfg_services && met == MET_NOTHING && (how & (MEET_INSIDE | MEET_OUTSIDE))) {
 		svc = lb_frontend(scratch, p);
 		if (svc)
 			met = lb_open(skb, p, scratch, svc, how & MEET_OUTSIDE, from_hi);

@@ -46,6 +46,7 @@ type Config struct {
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
 
+	NoServices       bool         // kube-proxy serves packets that ask for services
 	NodeAddrs        []netip.Addr // of the node on the direct device, at most one a family
 	OutsideClusterIP bool         // packets from outside reach ClusterIPs
 	DropNoBackend    bool         // connections to services without backends are dropped, not refused
@@ -192,6 +193,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		TunnelMTU:      uint32(d.cfg.TunnelMTU),
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 
+		Services:           !d.cfg.NoServices,
 		LBOutsideClusterIP: d.cfg.OutsideClusterIP,
 		LBRefuse:           !d.cfg.DropNoBackend,
 		MaglevSize:         d.cfg.maglevSize(),

@@ -19,8 +19,6 @@ import (
 // Frontends of the tests: an address that routers lead to node 1, and a port on every node.
 const (
 	vip4, vip6 = "198.18.0.1", "fd98::1"
-	vipPort    = 80
-	nodePort   = 30080
 	servedPort = 7000 // of serve
 )
 
