@@ -220,6 +220,26 @@ func TestServicesFromPods(t *testing.T) {
 		)
 	}
 	tests = append(tests,
+		test{name: "without backends, configured to drop", config: "drop", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1})},
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: dropped(bpf.DropNoService)},
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "echo", sport: 1}, want: host(bpf.SlowNew)},
+			}
+		}},
+		test{name: "without backends, and no address to refuse from", config: "without routers", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1})},
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: dropped(bpf.DropNoService)},
+			}
+		}},
+		test{name: "kube-proxy serves them", config: "kube-proxy", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}, flags: bpf.FrontendOutside})},
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: egress(bpf.SlowNew)},
+				{at: netdev, pkt: packet{src: f.outside, dst: f.node, l4: "tcp", sport: 1000, dport: portNode, flags: "S"}, want: pass()},
+			}
+		}},
 		test{name: "a port that nobody serves", steps: func(f family) []step {
 			return []step{
 				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}})},
