@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test demo demo-down test-kernels bench bench-control bench-identities clean
+.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test conformance demo demo-down test-kernels bench bench-control bench-services bench-identities clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ MODE ?= vxlan
 demo: image ## a three-node cluster on Lash, checked and left running; MODE=native without tunnel
 	bin/sandbox demo --mode $(MODE)
 
+conformance: image ## the upstream Kubernetes e2e suite's network specs on six nodes without kube-proxy; MODE=native without tunnel
+	bin/sandbox conformance --name conformance --mode $(MODE) $(CONFORMANCE)
+
 demo-down: ## take it down; nothing is left
 	bin/sandbox down
 
@@ -96,6 +99,9 @@ bench: bpf ## Lash against the bare namespaces, in one run, with gates; BENCH="-
 bench-control: bpf ## CNI ADD of 100 pods, the agent's start and memory
 	$(GO_BUILD) -o bin/ ./cmd/lash-agent ./cmd/lash-cni
 	go run ./test/bench/control $(BENCH)
+
+bench-services: bpf ## 10,000 services with 10 endpoints each into the agent's tables and maps; BENCH="-services 1000 -maglev" adds flags
+	go run ./test/bench/services $(BENCH)
 
 bench-identities: bpf ## 10,000 pods with 2,000 sets of labels through a real API server, three agents; BENCH="-rate 50" adds flags
 	$(GO_BUILD) -o bin/ ./cmd/lash-agent ./cmd/lash-cni ./cmd/lash-operator

@@ -3,7 +3,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* lash_host, egress: what the node's own processes (and, with legacy host routing, the
  * node's stack) send to the pods of this node and, in tunnel mode, to those of others. */
-#include "lib/route.h"
+#include "lib/lb.h"
 
 #define FILE_ID FILE_HOST
 
@@ -14,9 +14,9 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 	struct conn_dir *forth, *back, *d, *other;
 	struct ipcache_entry *remote = NULL;
 	struct endpoint *ep, *src;
-	bool from_hi, orig;
 	struct conn *c;
-	int action, err = 0;
+	bool orig;
+	int action, met, err;
 
 	if (!scratch)
 		return DROP(p, DROP_CT_INSERT);
@@ -34,11 +34,18 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 		if (err)
 			return err;
 	}
-	from_hi = pkt_key(&scratch->key, p);
-	c = conn_open(skb, p, &scratch->key, from_hi, &err);
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p, false);
+		if (err)
+			return err;
+	}
+	met = conn_meet(skb, MEET_OPEN);
+	if (met < 0)
+		return met;
+	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	if (!c)
-		return err;
-	orig = conn_from_initiator(c, from_hi);
+		return DROP(p, DROP_CT_INSERT);
+	orig = met == MET_ORIG;
 
 	/* Ingress policy comes in here. */
 
@@ -50,6 +57,8 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 		decide_pod(forth, IN_HOST, ep, 0);
 	else if (remote)
 		decide_tunnel(forth, IN_HOST, &remote->node, src ? src->identity : IDENTITY_HOST);
+	if (c->flags & CONN_DNAT)
+		forth->flags |= nat_flags(c, orig);
 	d = orig ? &c->orig : &c->reply;
 	other = orig ? &c->reply : &c->orig;
 	conn_see(c, d, p, orig, skb->len, ticks());
@@ -63,11 +72,10 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-SEC("tc")
-int from_host(struct __sk_buff *skb)
+static __noinline int from_host_fast(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
-	struct pkt p, *slow;
+	struct pkt p;
 	int verdict;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
@@ -76,21 +84,33 @@ int from_host(struct __sk_buff *skb)
 		verdict = parse(skb, &p, true);
 	else
 		return VERDICT_DROP; /* lash_host is NOARP: nothing else has a meaning on it */
-	if (!verdict) {
+	if (!verdict)
 		verdict = conn_fast(skb, &p, HOOK_HOST, IN_HOST, &why);
-		if (verdict == NOT_FAST) {
-			slow = slow_pkt(&p);
-			if (!slow)
-				return VERDICT_DROP;
-			arrived(skb, TRACE_FROM_HOST);
-			if (why == SLOW_REPORT)
-				verdict = conn_report(skb, slow, HOOK_HOST);
-			if (verdict == NOT_FAST)
-				verdict = from_host_slow(skb, slow, why);
-			return verdict < NOT_FAST ? drop(skb, slow, HOOK_HOST, verdict) : verdict;
-		}
-	}
+	if (verdict == NOT_FAST)
+		slow_pkt(&p, why);
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_HOST, verdict) : verdict;
+}
+
+SEC("tc")
+int from_host(struct __sk_buff *skb)
+{
+	int verdict = from_host_fast(skb);
+	__u32 zero = 0;
+	struct scratch *scratch;
+	struct pkt *p;
+
+	if (likely(verdict != NOT_FAST))
+		return verdict;
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	arrived(skb, TRACE_FROM_HOST);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, HOOK_HOST);
+	if (verdict == NOT_FAST)
+		verdict = from_host_slow(skb, p, scratch->why);
+	return verdict < NOT_FAST ? drop(skb, p, HOOK_HOST, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

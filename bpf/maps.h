@@ -65,7 +65,8 @@ struct {
 /* --- lash_endpoints: addresses that live on this node, pods' and the host's own.
  * Agent writes with the endpoint's life; slow path reads. */
 enum endpoint_flags {
-	ENDPOINT_HOST = 1,       /* an address of the node itself: hand to the stack */
+	ENDPOINT_HOST     = 1,   /* an address of the node itself: hand to the stack */
+	ENDPOINT_NODEPORT = 2,   /* NodePorts are served on it */
 };
 
 struct endpoint {
@@ -173,8 +174,9 @@ enum conn_action {
 
 enum dir_flags {
 	DIR_TTL    = 1,          /* one hop: decrement TTL */
-	DIR_TO_NAT = 2,          /* the initiator's address becomes nat_addr:nat_port */
-	DIR_NO_NAT = 4,          /* nat_addr:nat_port becomes the initiator's address */
+	DIR_TO_NAT = 2,          /* the tuple of the key becomes the translated one (CONN_NAT, CONN_DNAT) */
+	DIR_NO_NAT = 4,          /* the translated tuple becomes that of the key */
+	DIR_DSR    = 8,          /* the source, a backend, becomes to_addr:to_port, the frontend that was asked */
 };
 
 /* Where packets of a direction must arrive for its decision to hold: a pod's
@@ -210,8 +212,12 @@ struct conn_dir {
 
 enum conn_flags {
 	CONN_INITIATOR_HI = 1,   /* the initiator is the key's hi side */
-	CONN_NAT          = 2,   /* nat_addr, nat_port in force; lash_nat leads back here */
+	CONN_NAT          = 2,   /* the initiator becomes nat_addr:nat_port; lash_nat leads back here */
 	CONN_NO_NAT       = 4,   /* masquerading was considered and does not apply */
+	CONN_DNAT         = 8,   /* the responder, a frontend, becomes to_addr:to_port; lash_nat leads back here */
+	CONN_CLAIMED      = 32,  /* the translated tuple is this connection's: lash_nat has its row */
+	CONN_DSR          = 16,  /* with CONN_DNAT: the backend answers the client itself; without: the initiator asked
+	                          * for the frontend to_addr:to_port, which another node sent on */
 };
 
 enum conn_state {
@@ -231,7 +237,10 @@ struct conn {
 	__u8 state;              /* enum conn_state */
 	__u32 expires;           /* ticks (low half) */
 	__u32 created;           /* ticks (low half) */
-	__u32 pad;
+	__u32 service;           /* CONN_DNAT: its number */
+	struct addr to_addr;
+	__be16 to_port;
+	__u8 pad[6];
 };
 
 struct {
@@ -242,8 +251,8 @@ struct {
 	__type(value, struct conn);
 } lash_conn SEC(".maps");
 
-/* --- lash_nat: the translated tuple of a masqueraded connection leads to its
- * record. Written with the record, removed with it. */
+/* --- lash_nat: the translated tuple of a connection (masquerading, services) leads to
+ * its record. Written with the record, removed with it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -274,33 +283,56 @@ struct {
 	__type(value, struct frag_ports);
 } lash_frags SEC(".maps");
 
-/* --- lash_services, lash_backends: frontends and their backends in slots
- * 1..count. Agent writes slots before the count that uses them. */
+/* --- lash_services: frontends. An address and port that is translated to a backend of
+ * a service port; all frontends of a service port share its number and with it the list
+ * of backends. Two keys stand for more than themselves: the unspecified address is every
+ * address of a node (NodePort), and a row with port and protocol 0 says that the address
+ * is a service's: it answers ping, and what nobody serves there is refused.
+ * Agent writes, after the backends; socket programs and slow path read. */
 struct service_key {
 	struct addr addr;
 	__be16 port;
 	__u8 proto;
-	__u8 scope;              /* 0; other traffic policies later */
-	__u32 pad;
+	__u8 pad[5];
+};
+
+enum frontend_flags {
+	FRONTEND_OUTSIDE   = 1,  /* for packets from outside too: NodePort, LoadBalancer, external address, HostPort */
+	FRONTEND_LOCAL_OUT = 2,  /* those go to backends of this node only (externalTrafficPolicy) */
+	FRONTEND_LOCAL_IN  = 4,  /* connections from inside, too (internalTrafficPolicy, HostPort) */
+	FRONTEND_RANGES    = 8,  /* from outside only for sources in lash_source_ranges */
+	FRONTEND_MAGLEV    = 16, /* from outside the backend is chosen by lash_maglev */
+	FRONTEND_DSR       = 32, /* backends of other nodes answer clients outside directly */
+	FRONTEND_ADDRESS   = 64, /* the row of an address */
+	FRONTEND_NODE      = 128, /* the address is a node's: there is no row of it */
 };
 
 struct service {
 	__u32 id;
-	__u32 count;             /* backends; 0: connections are refused */
-	__u32 flags;
-	__u32 pad;
+	__u32 count;             /* backends of the cluster; 0: connections are refused */
+	__u32 first;             /* slot of the first of them, from 1 */
+	__u32 local;             /* backends of this node: slots 1 to local */
+	__u32 affinity;          /* seconds for which a client keeps its backend; 0: none */
+	__u32 flags;             /* enum frontend_flags */
 };
 
+/* --- lash_backends: of each service port in slots from 1. Backends of this node come
+ * first, those of them that serve the cluster last among them, so that both kinds are
+ * ranges. Agent writes; socket programs and slow path read. */
 struct backend_key {
 	__u32 service;
 	__u32 slot;
+};
+
+enum backend_flags {
+	BACKEND_HOST = 1,        /* its address is this node's own */
 };
 
 struct backend {
 	struct addr addr;
 	__be16 port;
 	__u8 proto;
-	__u8 flags;
+	__u8 flags;              /* enum backend_flags */
 	__u32 pad;
 };
 
@@ -319,6 +351,104 @@ struct {
 	__type(key, struct backend_key);
 	__type(value, struct backend);
 } lash_backends SEC(".maps");
+
+/* --- lash_members: every endpoint of a service port, those included that get no new
+ * connections. What is remembered of a backend that is no member is forgotten.
+ * Agent writes; socket programs and slow path read. */
+struct member_key {
+	__u32 service;
+	struct addr addr;
+	__be16 port;
+	__u8 pad[2];
+} __attribute__((packed, aligned(4)));
+
+enum member_state {
+	MEMBER_KEEPS  = 0,       /* existing connections only: terminating or not ready */
+	MEMBER_ACTIVE = 1,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct member_key);
+	__type(value, __u32);
+} lash_members SEC(".maps");
+
+/* --- lash_affinity: the backend a client of a service with sessionAffinity has.
+ * Socket programs and slow path write and read. */
+struct affinity_key {
+	struct addr client;      /* its address; at the socket its network namespace's cookie */
+	__u32 service;
+	__u32 pad;
+};
+
+struct affinity {
+	struct addr addr;        /* backend */
+	__be16 port;
+	__u16 pad;
+	__u32 used;              /* ticks (low half) of the last connection */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} lash_affinity SEC(".maps");
+
+/* --- lash_source_ranges: sources that may reach a service from outside. Agent writes;
+ * slow path reads. */
+struct source_range_key {
+	__u32 prefixlen;         /* 32 bits of service, then those of addr */
+	__u32 service;
+	struct addr addr;
+} __attribute__((packed, aligned(4)));
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct source_range_key);
+	__type(value, __u32);
+} lash_source_ranges SEC(".maps");
+
+/* --- lash_maglev: a service port's table of slots, looked up by a hash of the client's
+ * end of the connection, so that every node chooses the same backend and few choices
+ * move when backends change. Behind the slots stands a sum by which the agent knows
+ * whether the table is that of the backends there are. Agent writes whole tables; slow
+ * path reads. */
+struct maglev_table {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_INNER_MAP | BPF_F_MMAPABLE); /* of cfg_maglev_size + 1, written at once */
+	__uint(max_entries, 16382);
+	__type(key, __u32);
+	__type(value, __u32);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__array(values, struct maglev_table);
+} lash_maglev SEC(".maps");
+
+/* --- lash_ports: who owns a port number on this node, any protocol and address: packets
+ * of the node's own connections are told apart by it without searching lash_services.
+ * Agent writes before the rows that it announces; from_netdev, to_netdev and bind read. */
+enum port_use {
+	PORT_FRONTEND = 1,       /* of a frontend that is reached from outside */
+	PORT_BACKEND  = 2,       /* of a backend that is this node's own (host network) */
+	PORT_NODE     = 4,       /* of a frontend on the node's own addresses: no socket may bind it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, __u8);
+} lash_ports SEC(".maps");
 
 /* --- lash_sock_rev: which frontend a socket asked for, by the backend it got.
  * sock programs write and read. */
@@ -342,6 +472,78 @@ struct {
 	__type(key, struct sock_rev_key);
 	__type(value, struct sock_rev);
 } lash_sock_rev SEC(".maps");
+
+/* --- lash_sock_pin: the backend that datagrams of an unconnected socket to a frontend go
+ * to, so that they all reach the same. sock programs write and read. */
+struct sock_pin_key {
+	__u64 cookie;
+	struct addr addr;        /* frontend */
+	__be16 port;
+	__u8 pad[6];
+};
+
+struct sock_pin {
+	struct addr addr;        /* backend */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct sock_pin_key);
+	__type(value, struct sock_pin);
+} lash_sock_pin SEC(".maps");
+
+/* --- Sockets of one pod that are connected with each other exchange data without packets
+ * (sockmap.c), in the network namespaces that asked for it. lash_local_netns: those, by cookie;
+ * the agent writes. lash_local_pairs: connections of which an end was seen, under the tuple of
+ * lash_conn; programs write, old rows are evicted: then the connection goes on by packets.
+ * lash_local_socks: the ends themselves, which leave it when they are closed. */
+struct pair_key {
+	struct conn_key tuple;   /* pad[0] of a key of lash_local_socks: 1 for the hi side's socket */
+	__u64 netns;
+};
+
+enum pair_state {
+	PAIR_SEEN    = 1,        /* the end is established, with these sequence numbers */
+	PAIR_LOCAL   = 2,        /* what it sends goes to the other end's socket */
+	PAIR_PACKETS = 4,        /* what it sends goes by packets, for good: order would be lost */
+};
+
+struct pair_end {
+	__u32 snd_nxt;           /* when it was established */
+	__u32 rcv_nxt;
+	__u32 unanswered;        /* bytes since the other end, having read all, sent something */
+	__u32 state;             /* enum pair_state */
+};
+
+struct pair {
+	struct pair_end lo, hi;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u32);
+} lash_local_netns SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct pair_key);
+	__type(value, struct pair);
+} lash_local_pairs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 32768);
+	__type(key, struct pair_key);
+	__type(value, __u64);
+} lash_local_socks SEC(".maps");
 
 /* --- lash_drops: every drop, by reason, direction, line and file. */
 struct drop_key {
@@ -373,6 +575,7 @@ enum hook {
 	HOOK_NETDEV_OUT,         /* to_netdev */
 	HOOK_SOCK,
 	HOOK_OVERLAY,            /* from_overlay */
+	HOOK_LOCAL,              /* messages between sockets of a pod */
 	HOOKS,
 };
 
@@ -393,6 +596,9 @@ enum slow_reason {
 	SLOW_NEIGHBOUR,          /* sent by way of the kernel's neighbour table */
 	SLOW_MASQUERADE,         /* a reply to a masqueraded connection */
 	SLOW_REPORT,             /* followed its decision, with an event */
+	SLOW_REFUSED,            /* a service has no backend, or its address no such port: answered with a refusal */
+	SLOW_ECHO,               /* ping of a service's address: answered */
+	SLOW_BULK,               /* of HOOK_LOCAL: a connection that carries much at once goes on by packets */
 	COUNT_ROWS,
 };
 
@@ -428,8 +634,14 @@ struct scratch {
 	__u8 plan[176];          /* struct plan */
 	__u8 tuple[40];          /* struct bpf_sock_tuple */
 	__u8 inner[48];          /* struct inner */
+	struct service_key frontend;
+	struct affinity_key client;
+	struct affinity affinity;
+	struct member_key member;
+	struct source_range_key range;
 	struct ipcache_key prefix;
 	__u32 tell;              /* enum trace_reason */
+	__u32 why;               /* enum slow_reason, of the packet in pkt */
 	/* Of an event: both ends, and where the tunnel leads (the last four bytes). */
 	__u32 src_identity, dst_identity;
 	__u16 src_id, dst_id;

@@ -2,37 +2,68 @@
 
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The node's devices towards the network. from_netdev (ingress): packets for pods go
- * straight into them, replies to masqueraded connections are undone. to_netdev
- * (egress): masquerading of pods' packets that came through the stack. */
-#include "lib/route.h"
+ * straight into them, those for services to a backend, and answers to translated
+ * connections become what their client knows. to_netdev (egress): masquerading of pods'
+ * packets that came through the stack, and answers of the node itself as a backend. */
+#include "lib/dsr.h"
 
 #define FILE_ID FILE_NETDEV
 
 /* decide_answer finds the way back to where the packet came from. What the FIB cannot
  * tell now, the pod's first packet back will ask for itself. */
 static __noinline int decide_answer(struct __sk_buff *skb, struct pkt *p, __u32 pod_ifindex,
-				    struct conn_dir *d, __u32 epoch)
+				    struct conn_dir *d, __u32 flags)
 {
 	struct hop hop = {};
-	__u32 unused = 0, zero = 0;
+	__u32 epoch = current_epoch(), unused = 0, zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 
 	if (!scratch || route(skb, p, true, &hop, &unused) != ACTION_EGRESS || !bpf_map_lookup_elem(&lash_devices, &hop.ifindex))
 		return 0;
-	decide_egress(&scratch->conn.reply, pod_ifindex, &hop, 0);
+	decide_egress(&scratch->conn.reply, pod_ifindex, &hop, flags);
 	dir_publish(d, &scratch->conn.reply, epoch);
 	return 0;
 }
 
-static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u32 why)
+/* into_pod delivers a packet of connection c to the pod of this node that it is addressed to by now. */
+static __noinline int into_pod(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct endpoint *ep, int met)
 {
+	bool orig = met == MET_ORIG;
 	__u32 epoch = current_epoch(), zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct conn_dir *forth, *d, *other;
+	int action;
+
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
+
+	/* Ingress policy comes in here. */
+
+	forth = &scratch->conn.orig; /* free: conn_open has copied it */
+	__builtin_memset(forth, 0, sizeof(*forth));
+	decide_pod(forth, IN_NETDEV, ep, DIR_TTL | nat_flags(c, orig));
+	d = orig ? &c->orig : &c->reply;
+	other = orig ? &c->reply : &c->orig;
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : scratch->why, skb->len);
+	dir_publish(d, forth, epoch);
+	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
+	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
+		decide_answer(skb, p, ep->ifindex, other, nat_flags(c, false));
+	if (p->ttl <= 1)
+		return c->flags & CONN_DNAT ? DROP(p, DROP_TTL) : VERDICT_OK;
+	action = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(d, p, orig));
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
+}
+
+/* A packet to a pod of this node. */
+static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct endpoint *ep, *src;
-	bool from_hi, orig;
 	struct conn *c;
-	int action, err = 0;
+	int met, err;
 
 	if (!scratch)
 		return DROP(p, DROP_CT_INSERT);
@@ -42,95 +73,164 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p, __u
 	src = endpoint_of(&p->src);
 	if (src && !(src->flags & ENDPOINT_HOST))
 		return DROP(p, DROP_INVALID_SOURCE); /* a pod of this node cannot come in from outside */
-	if (!cfg_host_routing)
-		return VERDICT_OK;
 	if (p->flags & PKT_FRAGMENT) {
 		err = fragment_ports(p);
 		if (err)
 			return err;
 	}
-	from_hi = pkt_key(&scratch->key, p);
-	c = conn_open(skb, p, &scratch->key, from_hi, &err);
-	if (!c)
-		return err;
-	orig = conn_from_initiator(c, from_hi);
-
-	/* Ingress policy comes in here. */
-
-	forth = &scratch->conn.orig; /* free again: conn_open has copied it */
-	__builtin_memset(forth, 0, sizeof(*forth));
-	decide_pod(forth, IN_NETDEV, ep, DIR_TTL);
-	d = orig ? &c->orig : &c->reply;
-	other = orig ? &c->reply : &c->orig;
-	conn_see(c, d, p, orig, skb->len, ticks());
-	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : why, skb->len);
-	dir_publish(d, forth, epoch);
-	/* The answer's way, while we are at it. The pod's first packet back is then a fast one. */
-	if (orig && other->epoch != epoch && !(p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT)))
-		decide_answer(skb, p, ep->ifindex, other, epoch);
-	if (p->ttl <= 1)
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p, false);
+		if (err)
+			return err;
+	}
+	met = conn_meet(skb, MEET_KNOWN);
+	if (met < 0)
+		return met;
+	c = met == MET_NOTHING ? NULL : bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	/* With legacy host routing the stack has it, but for what services translate. */
+	if (!cfg_host_routing && !direct(p, c))
 		return VERDICT_OK;
-	action = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(d, p, orig));
+	if (!c) {
+		met = conn_meet(skb, MEET_OPEN);
+		if (met < 0)
+			return met;
+		c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+		if (!c)
+			return DROP(p, DROP_CT_INSERT);
+	}
+	err = dsr_note(skb, p, c);
+	return err ? err : into_pod(skb, p, c, ep, met);
+}
+
+/* to_backend sends a connection from outside on to its backend on another node: from this
+ * node's address, so that the answer comes back here, or as it is, with the frontend's name,
+ * so that the backend's node answers. p is addressed to the backend. */
+static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u32 why)
+{
+	__u32 epoch = current_epoch(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct ipcache_entry *remote;
+	struct conn_dir *forth;
+	struct device *dev = NULL;
+	struct addr nat;
+	struct hop *hop;
+	int action, err;
+
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
+	if (p->ttl <= 1)
+		return DROP(p, DROP_TTL);
+	hop = (struct hop *)scratch->plan;
+	forth = &scratch->conn.orig;
+	__builtin_memset(forth, 0, sizeof(*forth));
+	remote = tunnel_to(&p->dst);
+	if (remote) {
+		nat = p->v6 ? ROUTER6 : ROUTER4;
+		decide_tunnel(forth, IN_NETDEV, &remote->node, IDENTITY_WORLD);
+		action = ACTION_TUNNEL;
+	} else {
+		action = route(skb, p, false, hop, &scratch->tell);
+		if (action < 0)
+			return action;
+		dev = bpf_map_lookup_elem(&lash_devices, &hop->ifindex);
+		if (action == ACTION_HOST || !dev)
+			return DROP(p, DROP_UNROUTABLE);
+		nat = p->v6 ? dev->ip6 : dev->ip4;
+		decide_egress(forth, IN_NETDEV, hop, 0);
+	}
+	if (!(c->flags & (CONN_CLAIMED | CONN_DSR)) && cfg_dsr && lb_direct(scratch, c) &&
+	    dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
+		c->flags |= CONN_DSR;
+	if (!(c->flags & CONN_DSR)) {
+		err = lb_claim(skb, p, &scratch->key, c, &nat);
+		if (err)
+			return err;
+	} else {
+		__be16 port;
+		const struct addr *frontend = conn_responder(c, &scratch->key, &port);
+
+		forth->deadline = ticks() + cfg_hz;
+		if ((p->proto != IPPROTO_TCP || tcp_opens(p)) && dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu) &&
+		    dsr_write(skb, p, frontend, port))
+			return DROP(p, DROP_WRITE);
+	}
+	forth->flags |= nat_flags(c, true);
+	conn_see(c, &c->orig, p, true, skb->len, ticks());
+	count(HOOK_NETDEV, action == ACTION_NEIGH ? SLOW_NEIGHBOUR : why, skb->len);
+	if (action != ACTION_NEIGH)
+		dir_publish(&c->orig, forth, epoch);
+	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
+		if (nat_apply(skb, p, c, &scratch->key, DIR_TO_NAT))
+			return DROP(p, DROP_WRITE);
+		if (conn_tell(&c->orig, p, true) != TRACE_NOT)
+			observe(skb, TRACE_TO_NETWORK | OBSERVE_NAT, hop->ifindex, TRACE_ESTABLISHED, c->expires / cfg_hz);
+		action = by_neighbour(skb, p, hop);
+	} else {
+		action = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(&c->orig, p, true));
+	}
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-/* The record that a translated tuple leads to, its key in *k. */
-static __always_inline struct conn *nat_owner(const struct conn_key *translated, struct conn_key *k)
-{
-	struct conn_key *owner = bpf_map_lookup_elem(&lash_nat, translated);
-
-	if (!owner)
-		return NULL;
-	*k = *owner;
-	return bpf_map_lookup_elem(&lash_conn, k);
-}
-
-/* An ICMP error about a masqueraded packet belongs to the pod that sent it. */
+/* An ICMP error to this node, or to a service, about a translated packet is for who sent that. */
 static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key translated, k;
-	struct conn_dir forth = {};
+	struct conn_dir *forth;
 	struct endpoint *ep;
 	struct inner *in;
 	struct conn *c;
-	struct addr pod;
-	__be16 port;
 	int err;
 
 	if (!scratch)
 		return VERDICT_OK;
 	in = (struct inner *)scratch->inner;
-	err = inner_parse(skb, p, in);
-	if (err)
+	if (inner_parse(skb, p, in))
 		return VERDICT_OK;
-	conn_key(&translated, &in->src, in->sport, &in->dst, in->dport, in->proto);
-	c = nat_owner(&translated, &k);
+	c = icmp_owner(scratch);
 	if (!c)
 		return VERDICT_OK; /* about the node's own */
-	pod = c->flags & CONN_INITIATOR_HI ? k.hi : k.lo;
-	port = c->flags & CONN_INITIATOR_HI ? k.hi_port : k.lo_port;
-	ep = endpoint_of(&pod);
-	if (!ep)
-		return DROP(p, DROP_UNROUTABLE);
-	decide_pod(&forth, IN_NETDEV, ep, DIR_TTL);
-	in->to_pod = true;
-	err = icmp_translate(skb, p, in, &pod, port);
+	err = icmp_translate(skb, p, in, c, &scratch->nat_key);
 	if (err)
 		return err;
 	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_ICMP_ERROR, skb->len);
-	if (!cfg_host_routing || p->ttl <= 1)
+	ep = endpoint_of(&p->dst);
+	if (!ep && !(c->flags & CONN_DNAT))
+		return DROP(p, DROP_UNROUTABLE); /* the pod is gone */
+	if (ep && ((ep->flags & ENDPOINT_HOST) || (!cfg_host_routing && !(c->flags & CONN_DNAT)) || p->ttl <= 1))
 		return VERDICT_OK;
-	err = carry_out(skb, p, HOOK_NETDEV, c, &forth, &k, conn_tell(&c->reply, p, false));
+	if (!ep) {
+		struct hop *hop = (struct hop *)scratch->plan;
+		struct ipcache_entry *remote = tunnel_to(&p->dst);
+
+		if (p->ttl <= 1)
+			return DROP(p, DROP_TTL);
+		if (remote) {
+			err = to_tunnel(skb, &remote->node, IDENTITY_WORLD);
+			return err == -1 ? DROP(p, DROP_WRITE) : err;
+		}
+		err = route(skb, p, false, hop, &scratch->tell);
+		if (err < 0)
+			return err;
+		if (err == ACTION_HOST)
+			return DROP(p, DROP_UNROUTABLE);
+		err = by_neighbour(skb, p, hop);
+		return err == -1 ? DROP(p, DROP_WRITE) : err;
+	}
+	forth = &scratch->conn.orig;
+	__builtin_memset(forth, 0, sizeof(*forth));
+	decide_pod(forth, IN_NETDEV, ep, DIR_TTL);
+	err = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->nat_key, conn_tell(&c->reply, p, false));
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
 }
 
-/* may_answer_masqueraded tells most of the node's own traffic apart by its port. */
-static __always_inline bool may_answer_masqueraded(const struct pkt *p)
+/* concerns tells most of the node's own traffic apart, without a search of a map. */
+static __always_inline bool concerns(const struct __sk_buff *skb, const struct pkt *p)
 {
 	__u16 port = bpf_ntohs(p->dport);
 
+	if (cfg_services && !(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
+		return skb->pkt_type == PACKET_HOST; /* another address of the node, a service's, or somebody else's */
 	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
 		return true;
 	if (p->flags & PKT_ECHO)
@@ -138,65 +238,96 @@ static __always_inline bool may_answer_masqueraded(const struct pkt *p)
 	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
 		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
-		return port >= cfg_snat_min && port <= cfg_snat_max;
+		return (port >= cfg_snat_min && port <= cfg_snat_max) ||
+		       (cfg_services && port_used(port, PORT_FRONTEND));
 	return p->proto != IPPROTO_ICMPV6;
 }
 
-/* A packet to the node itself, which may answer a masqueraded one. */
-static __noinline int from_netdev_nat(struct __sk_buff *skb, struct pkt *p)
+/* masqueraded undoes the masquerading of a packet to the node that answers a pod's. */
+static __noinline int masqueraded(struct __sk_buff *skb, struct pkt *p, struct conn *c)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key *k;
-	struct addr *pod;
-	struct conn *c;
+	struct conn_dir *forth;
+	struct endpoint *ep;
+	__be16 port;
 	int verdict;
 
 	if (!scratch)
 		return VERDICT_OK;
-	k = &scratch->key;
-	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
-		return VERDICT_OK;
-	pkt_key(&scratch->nat_key, p);
-	c = nat_owner(&scratch->nat_key, k);
-	if (!c)
-		return VERDICT_OK;
-	arrived(skb, TRACE_FROM_NETWORK);
-	pod = c->flags & CONN_INITIATOR_HI ? &k->hi : &k->lo;
-	if (c->reply.epoch != current_epoch() || c->reply.in != IN_NETDEV || p->ttl <= 1 || !cfg_host_routing) {
-		struct endpoint *ep = endpoint_of(pod);
-		struct conn_dir *forth = &scratch->conn.reply;
-
-		if (!ep)
-			return DROP(p, DROP_UNROUTABLE);
-		__builtin_memset(forth, 0, sizeof(*forth));
-		if (cfg_host_routing && p->ttl > 1)
-			decide_pod(forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
-		else /* the stack delivers it, or answers that its time is exceeded */
-			decide_stack(forth, IN_NETDEV, ACTION_PASS, 0);
-		forth->flags |= DIR_NO_NAT;
-		count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
-		conn_see(c, &c->reply, p, false, skb->len, ticks());
-		dir_publish(&c->reply, forth, forth->action == ACTION_PASS ? 0 : current_epoch());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, forth, k, conn_tell(&c->reply, p, false));
-	} else {
-		count(HOOK_NETDEV, SLOW_NOT, skb->len);
-		conn_see(c, &c->reply, p, false, skb->len, ticks());
-		verdict = carry_out(skb, p, HOOK_NETDEV, c, &c->reply, k, conn_tell(&c->reply, p, false));
-	}
+	ep = endpoint_of(conn_initiator(c, &scratch->key, &port));
+	if (!ep)
+		return DROP(p, DROP_UNROUTABLE);
+	forth = &scratch->conn.reply;
+	__builtin_memset(forth, 0, sizeof(*forth));
+	if (cfg_host_routing && p->ttl > 1)
+		decide_pod(forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
+	else /* the stack delivers it, or answers that its time is exceeded */
+		decide_stack(forth, IN_NETDEV, ACTION_PASS, 0);
+	forth->flags |= DIR_NO_NAT;
+	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
+	conn_see(c, &c->reply, p, false, skb->len, ticks());
+	dir_publish(&c->reply, forth, forth->action == ACTION_PASS ? 0 : current_epoch());
+	verdict = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(&c->reply, p, false));
 	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
 }
 
-static __always_inline int to_node(struct __sk_buff *skb, struct pkt *p)
+/* A packet to the node itself or to a service: an answer to what was translated here, or a
+ * client's from outside. Otherwise it is the stack's. */
+static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
-	return p->flags & PKT_ICMP_ERROR ? from_netdev_error(skb, p) : from_netdev_nat(skb, p);
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *d;
+	struct endpoint *ep;
+	struct conn *c;
+	int action, met;
+	bool orig;
+
+	if (!scratch)
+		return VERDICT_OK;
+	if (p->flags & PKT_ICMP_ERROR)
+		return from_netdev_error(skb, p);
+	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
+		return VERDICT_OK;
+	met = conn_meet(skb, MEET_OUTSIDE);
+	if (met <= MET_NOTHING)
+		return met;
+	orig = met == MET_ORIG;
+	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	if (!c || (!(c->flags & CONN_DNAT) && (orig || !(c->flags & CONN_NAT))))
+		return VERDICT_OK;
+	if (!(c->flags & CONN_DNAT)) {
+		arrived(skb, TRACE_FROM_NETWORK);
+		return masqueraded(skb, p, c);
+	}
+	ep = endpoint_of(&p->dst);
+	if (!ep)
+		return orig ? to_backend(skb, p, c, why) : to_client(skb, p, HOOK_NETDEV, c, why);
+	if (orig) {
+		int err = lb_claim(skb, p, &scratch->key, c, &p->src);
+
+		if (err)
+			return err;
+	}
+	if (!(ep->flags & ENDPOINT_HOST))
+		return into_pod(skb, p, c, ep, met);
+	/* The node is its own backend, or refuses. */
+	d = orig ? &c->orig : &c->reply;
+	decide_stack(&scratch->conn.orig, IN_NETDEV, ACTION_PASS, FOREVER);
+	scratch->conn.orig.flags = nat_flags(c, orig);
+	conn_see(c, d, p, orig, skb->len, ticks());
+	count(HOOK_NETDEV, c->service ? why : p->flags & PKT_ECHO ? SLOW_ECHO : SLOW_REFUSED, skb->len);
+	if (!(p->flags & PKT_FRAGMENT))
+		dir_publish(d, &scratch->conn.orig, current_epoch());
+	action = carry_out(skb, p, HOOK_NETDEV, c, &scratch->conn.orig, &scratch->key, conn_tell(d, p, orig));
+	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-SEC("tc")
-int from_netdev(struct __sk_buff *skb)
+static __noinline int from_netdev_fast(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
-	struct pkt p, *slow;
+	struct pkt p;
 	int verdict;
 
 	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
@@ -210,49 +341,89 @@ int from_netdev(struct __sk_buff *skb)
 		return VERDICT_OK;
 	if (verdict)
 		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
+	if (!for_pods(&p, &p.dst) && !concerns(skb, &p))
+		return VERDICT_OK;
+	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why);
+	if (verdict == NOT_FAST)
+		slow_pkt(&p, why);
+	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;
+}
 
-	/* NodePort, LoadBalancer and external addresses come in here. */
+SEC("tc")
+int from_netdev(struct __sk_buff *skb)
+{
+	int verdict = from_netdev_fast(skb);
+	__u32 zero = 0;
+	struct scratch *scratch;
+	struct pkt *p;
+	bool pods;
 
-	if (for_pods(&p, &p.dst)) {
-		verdict = cfg_host_routing ? conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why) : NOT_FAST;
-		if (verdict != NOT_FAST)
-			return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;
-		slow = slow_pkt(&p);
-		if (!slow)
-			return VERDICT_DROP;
+	if (likely(verdict != NOT_FAST))
+		return verdict;
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	pods = for_pods(p, &p->dst);
+	if (pods)
 		arrived(skb, TRACE_FROM_NETWORK);
-		if (why == SLOW_REPORT)
-			verdict = conn_report(skb, slow, HOOK_NETDEV);
-		if (verdict == NOT_FAST)
-			verdict = from_netdev_slow(skb, slow, why);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, HOOK_NETDEV);
+	if (verdict == NOT_FAST) {
+		verdict = pods ? from_netdev_slow(skb, p) : VERDICT_OK;
 		/* Without a pod CIDR to go by, the node's own addresses come here too. */
-		if (verdict == VERDICT_OK && !pods_known(slow))
-			verdict = to_node(skb, slow);
-	} else {
-		if (!may_answer_masqueraded(&p))
-			return VERDICT_OK;
-		slow = slow_pkt(&p);
-		if (!slow)
-			return VERDICT_DROP;
-		verdict = to_node(skb, slow);
+		if (verdict == VERDICT_OK && !(pods && pods_known(p)))
+			verdict = from_netdev_node(skb, p, scratch->why);
 	}
-	return verdict < NOT_FAST ? drop(skb, slow, HOOK_NETDEV, verdict) : verdict;
+	return verdict < NOT_FAST ? drop(skb, p, HOOK_NETDEV, verdict) : verdict;
+}
+
+/* to_netdev_node: what the node itself sends answers a client, perhaps, that asked for a service. */
+static __noinline int to_netdev_node(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	enum trace_reason tell;
+	struct conn *c;
+
+	if (!scratch)
+		return VERDICT_OK;
+	if (p->flags & PKT_ICMP_ERROR)
+		return translate_report(skb, p, false);
+	if ((p->flags & PKT_FRAGMENT) && fragment_ports(p))
+		return VERDICT_OK;
+	pkt_key(&scratch->key, p);
+	c = conn_answered(&scratch->key, p);
+	if (!c || !(c->flags & CONN_DNAT))
+		return VERDICT_OK;
+	conn_see(c, &c->reply, p, false, skb->len, ticks());
+	tell = conn_tell(&c->reply, p, false);
+	if (nat_apply(skb, p, c, &scratch->key, DIR_NO_NAT))
+		return DROP(p, DROP_WRITE);
+	count(HOOK_NETDEV_OUT, SLOW_NOT, skb->len);
+	if (tell != TRACE_NOT)
+		observe(skb, TRACE_TO_NETWORK | OBSERVE_NAT, skb->ifindex, tell, c->expires / cfg_hz);
+	return VERDICT_OK;
 }
 
 static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 {
-	__u32 out = skb->ifindex;
+	__u32 out = skb->ifindex, zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct endpoint *ep;
 	struct device *dev;
 	enum trace_reason tell;
-	struct conn_key k;
 	struct conn *c;
-	bool from_hi, orig, nat = false;
-	int err = 0;
+	bool orig, nat = false;
+	int met, err = 0;
 
+	if (!scratch)
+		return DROP(p, DROP_CT_INSERT);
 	ep = endpoint_of(&p->src);
 	dev = bpf_map_lookup_elem(&lash_devices, &out);
-	if (!ep || (ep->flags & ENDPOINT_HOST) || !dev)
+	if (!ep || (ep->flags & ENDPOINT_HOST))
+		return to_netdev_node(skb, p);
+	if (!dev || (p->v6 ? !cfg_masquerade6 : !cfg_masquerade4))
 		return VERDICT_OK;
 	if (p->flags & PKT_FRAGMENT) {
 		err = fragment_ports(p);
@@ -260,7 +431,7 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 			return err;
 	}
 	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p);
+		err = translate_report(skb, p, true);
 		if (err)
 			return err;
 		if (p->flags & PKT_TRANSLATED) {
@@ -268,20 +439,22 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 			return VERDICT_OK;
 		}
 	}
-	from_hi = pkt_key(&k, p);
-	c = conn_open(skb, p, &k, from_hi, &err);
+	met = conn_meet(skb, MEET_OPEN);
+	if (met < 0)
+		return met;
+	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	if (!c)
-		return err;
-	orig = conn_from_initiator(c, from_hi);
+		return DROP(p, DROP_CT_INSERT);
+	orig = met == MET_ORIG;
 	tell = conn_tell_out(orig ? &c->orig : &c->reply, p, orig);
 	if (orig) {
-		err = masquerade(skb, p, &k, c, dev);
+		err = masquerade(skb, p, &scratch->key, c, dev);
 		if (err)
 			return err;
 		c->expires = ticks() + conn_lifetime(c, p->proto);
 		count(HOOK_NETDEV_OUT, c->flags & CONN_NAT ? SLOW_MASQUERADE : SLOW_NOT, skb->len);
 		nat = c->flags & CONN_NAT;
-		if (nat && nat_apply(skb, p, c, &k, DIR_TO_NAT))
+		if (nat && nat_apply(skb, p, c, &scratch->key, DIR_TO_NAT))
 			return DROP(p, DROP_WRITE);
 	}
 	if (tell != TRACE_NOT)
@@ -289,29 +462,47 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	return VERDICT_OK;
 }
 
-SEC("tc")
-int to_netdev(struct __sk_buff *skb)
+/* What is not Lash's to look at passes; the rest is left in lash_scratch. */
+static __noinline int to_netdev_fast(struct __sk_buff *skb)
 {
-	struct pkt p, *slow;
+	struct pkt p;
 	int verdict;
 
-	if (likely((skb->mark & MARK_MASK) == MARK_DONE))
-		return VERDICT_OK;
-	if (!cfg_masquerade4 && !cfg_masquerade6)
-		return VERDICT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		verdict = parse(skb, &p, false);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
 		verdict = parse(skb, &p, true);
 	else
 		return VERDICT_OK;
-	if (verdict || !for_pods(&p, &p.src))
+	if (verdict)
 		return VERDICT_OK;
-	slow = slow_pkt(&p);
-	if (!slow)
+	/* Of the node's own traffic, what backends on its network answer, and errors. */
+	if (!for_pods(&p, &p.src) && !(cfg_services && port_used(bpf_ntohs(p.sport), PORT_BACKEND)) &&
+	    !(cfg_services && (p.flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))))
+		return VERDICT_OK;
+	slow_pkt(&p, SLOW_NOT);
+	return NOT_FAST;
+}
+
+SEC("tc")
+int to_netdev(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct scratch *scratch;
+	struct pkt *p;
+	int verdict;
+
+	if (likely((skb->mark & MARK_MASK) == MARK_DONE))
+		return VERDICT_OK;
+	verdict = to_netdev_fast(skb);
+	if (verdict != NOT_FAST)
+		return verdict;
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
 		return VERDICT_DROP;
-	verdict = to_netdev_slow(skb, slow);
-	return verdict < NOT_FAST ? drop(skb, slow, HOOK_NETDEV_OUT, verdict) : verdict;
+	p = (struct pkt *)scratch->pkt;
+	verdict = to_netdev_slow(skb, p);
+	return verdict < NOT_FAST ? drop(skb, p, HOOK_NETDEV_OUT, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -3,7 +3,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The tunnel device, ingress: what other nodes send encapsulated, decapsulated by the
  * kernel. The VNI is the sender's identity. */
-#include "lib/route.h"
+#include "lib/dsr.h"
 
 #define FILE_ID FILE_OVERLAY
 
@@ -33,9 +33,9 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	struct conn_dir *forth, *back, *d;
 	struct endpoint *ep, *src;
 	struct addr node = {};
-	bool from_hi, orig;
 	struct conn *c;
-	int action, err;
+	bool orig;
+	int action, met, err;
 
 	if (!scratch)
 		return DROP(p, DROP_CT_INSERT);
@@ -45,25 +45,43 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	src = endpoint_of(&p->src);
 	if (src)
 		return DROP(p, DROP_INVALID_SOURCE); /* what lives on this node does not come from another */
-	ep = endpoint_of(&p->dst);
-	if (!ep)
+	if (!endpoint_of(&p->dst))
 		return DROP(p, DROP_UNROUTABLE);
-	if (!cfg_host_routing && !(ep->flags & ENDPOINT_HOST)) {
-		/* The stack routes it to lash_host, where the connection is kept. */
-		count(HOOK_OVERLAY, why, skb->len);
-		action = to_host(skb, p);
-		return action == -1 ? DROP(p, DROP_WRITE) : action;
-	}
 	if (p->flags & PKT_FRAGMENT) {
 		err = fragment_ports(p);
 		if (err)
 			return err;
 	}
-	from_hi = pkt_key(&scratch->key, p);
-	c = conn_open(skb, p, &scratch->key, from_hi, &err);
-	if (!c)
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p, false);
+		if (err)
+			return err;
+	}
+	met = conn_meet(skb, MEET_KNOWN);
+	if (met < 0)
+		return met;
+	c = met == MET_NOTHING ? NULL : bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	ep = endpoint_of(&p->dst); /* of a service's connection, the client */
+	if (!ep)
+		return c ? to_client(skb, p, HOOK_OVERLAY, c, why) : DROP(p, DROP_UNROUTABLE);
+	if (!cfg_host_routing && !(ep->flags & ENDPOINT_HOST) && !direct(p, c)) {
+		/* The stack routes it to lash_host, where the connection is kept. */
+		count(HOOK_OVERLAY, why, skb->len);
+		action = to_host(skb, p);
+		return action == -1 ? DROP(p, DROP_WRITE) : action;
+	}
+	if (!c) {
+		met = conn_meet(skb, MEET_OPEN);
+		if (met < 0)
+			return met;
+		c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+		if (!c)
+			return DROP(p, DROP_CT_INSERT);
+	}
+	orig = met == MET_ORIG;
+	err = dsr_note(skb, p, c);
+	if (err)
 		return err;
-	orig = conn_from_initiator(c, from_hi);
 
 	/* Ingress policy comes in here. */
 
@@ -76,6 +94,10 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	} else {
 		decide_pod(forth, IN_OVERLAY, ep, DIR_TTL);
 		decide_tunnel(back, ep->ifindex, &node, ep->identity);
+	}
+	if (c->flags & CONN_DNAT) { /* of CONN_DSR, answers do not go by the tunnel */
+		forth->flags |= nat_flags(c, orig);
+		back->flags |= nat_flags(c, !orig);
 	}
 	d = orig ? &c->orig : &c->reply;
 	conn_see(c, d, p, orig, skb->len, ticks());
@@ -95,11 +117,10 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-SEC("tc")
-int from_overlay(struct __sk_buff *skb)
+static __noinline int from_overlay_fast(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
-	struct pkt p, *slow;
+	struct pkt p;
 	int verdict;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
@@ -110,21 +131,33 @@ int from_overlay(struct __sk_buff *skb)
 		__builtin_memset(&p, 0, sizeof(p));
 		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
 	}
-	if (!verdict) {
+	if (!verdict)
 		verdict = conn_fast(skb, &p, HOOK_OVERLAY, IN_OVERLAY, &why);
-		if (verdict == NOT_FAST) {
-			slow = slow_pkt(&p);
-			if (!slow)
-				return VERDICT_DROP;
-			arrived(skb, TRACE_FROM_OVERLAY);
-			if (why == SLOW_REPORT)
-				verdict = conn_report(skb, slow, HOOK_OVERLAY);
-			if (verdict == NOT_FAST)
-				verdict = from_overlay_slow(skb, slow, why);
-			return verdict < NOT_FAST ? drop(skb, slow, HOOK_OVERLAY, verdict) : verdict;
-		}
-	}
+	if (verdict == NOT_FAST)
+		slow_pkt(&p, why);
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_OVERLAY, verdict) : verdict;
+}
+
+SEC("tc")
+int from_overlay(struct __sk_buff *skb)
+{
+	int verdict = from_overlay_fast(skb);
+	__u32 zero = 0;
+	struct scratch *scratch;
+	struct pkt *p;
+
+	if (likely(verdict != NOT_FAST))
+		return verdict;
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	arrived(skb, TRACE_FROM_OVERLAY);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, HOOK_OVERLAY);
+	if (verdict == NOT_FAST)
+		verdict = from_overlay_slow(skb, p, scratch->why);
+	return verdict < NOT_FAST ? drop(skb, p, HOOK_OVERLAY, verdict) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

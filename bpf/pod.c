@@ -3,7 +3,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The host side of every pod's veth pair, ingress: what the pod sends. What is sent to the
  * pod has passed another program already (from_container, from_netdev, from_overlay, from_host). */
-#include "lib/route.h"
+#include "lib/lb.h"
 #include "lib/neigh.h"
 
 #define FILE_ID FILE_POD
@@ -40,7 +40,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 	action = route(skb, p, false, &plan->hop, &plan->why);
 	if (action < 0)
 		return action;
-	if (!cfg_host_routing) {
+	if (!cfg_host_routing && !(c->flags & (CONN_DNAT | CONN_DSR)) && !(p->flags & PKT_TRANSLATED)) {
 		decide_stack(&plan->forth, in, ACTION_HOST, FOREVER);
 		return ACTION_HOST;
 	}
@@ -55,21 +55,14 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		decide_stack(&plan->forth, in, ACTION_HOST, cfg_hz);
 		return ACTION_HOST;
 	}
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p);
-		if (err)
-			return err;
-	}
-	if (p->flags & PKT_TRANSLATED)
-		orig = false;
-	if (orig) {
+	if (orig && !(p->flags & PKT_TRANSLATED)) {
 		err = masquerade(skb, p, k, c, dev);
 		if (err)
 			return err;
 	}
-	decide_egress(&plan->forth, in, &plan->hop, orig && (c->flags & CONN_NAT) ? DIR_TO_NAT : 0);
+	decide_egress(&plan->forth, in, &plan->hop, 0);
 	/* The answer comes in by the network and goes straight into this pod. */
-	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL | (c->flags & CONN_NAT ? DIR_NO_NAT : 0));
+	decide_back(&plan->back, IN_NETDEV, in, iface, DIR_TTL);
 	return action;
 }
 
@@ -85,9 +78,9 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	struct conn *c;
 	struct ipcache_entry *remote;
 	enum trace_reason tell;
-	bool from_hi, orig, exceeds;
+	bool orig, exceeds;
 	__u32 epoch = current_epoch();
-	int action, err = 0;
+	int action, met, err = 0;
 
 	_Static_assert(sizeof(*plan) <= sizeof(scratch->plan), "struct plan outgrew its place in struct scratch");
 	if (!scratch)
@@ -109,14 +102,23 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			return err;
 	}
 
-	/* Services that the socket hook could not translate come in here. */
+	/* An error about a translated packet speaks of addresses that its other end knows. What the stack
+	 * sends on is translated when it leaves. */
+	if (p->flags & PKT_ICMP_ERROR) {
+		err = translate_report(skb, p, cfg_host_routing);
+		if (err)
+			return err;
+	}
 
-	/* The connection. */
-	from_hi = pkt_key(k, p);
-	c = conn_open(skb, p, k, from_hi, &err);
+	/* The connection, with a service that the socket could not translate. From here on the packet
+	 * is addressed to the backend, or comes from the frontend. */
+	met = conn_meet(skb, MEET_INSIDE | MEET_OPEN);
+	if (met < 0)
+		return met;
+	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (!c)
-		return err;
-	orig = conn_from_initiator(c, from_hi);
+		return DROP(p, DROP_CT_INSERT);
+	orig = met == MET_ORIG;
 
 	/* Egress policy, and ingress policy for a destination on this node, come in here. */
 
@@ -141,6 +143,20 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		if (action < 0)
 			return action;
 	}
+	if (orig && (c->flags & CONN_DNAT)) {
+		/* A pod that is its own backend would take its own address for a forgery. */
+		bool self = ep && ep->ifindex == in;
+		struct addr nat = !self ? p->src : p->v6 ? ROUTER6 : ROUTER4;
+
+		err = lb_claim(skb, p, k, c, &nat);
+		if (err)
+			return err;
+	}
+	/* What the stack masquerades when it leaves is left to it. */
+	if ((c->flags & CONN_DNAT) || action == ACTION_EGRESS || action == ACTION_NEIGH) {
+		plan->forth.flags |= nat_flags(c, orig);
+		plan->back.flags |= nat_flags(c, !orig);
+	}
 	d = orig ? &c->orig : &c->reply;
 	/* What the stack answers better: time exceeded, fragmentation needed. */
 	exceeds = (p->ttl <= 1 && (plan->forth.flags & DIR_TTL)) || (plan->forth.mtu && too_big(skb, p, plan->forth.mtu));
@@ -157,7 +173,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 	if (!exceeds && (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE))) {
 		if (action == ACTION_EGRESS)
 			dir_publish(d, &plan->forth, epoch);
-		if (plan->forth.flags & DIR_TO_NAT && nat_apply(skb, p, c, k, DIR_TO_NAT))
+		if (nat_apply(skb, p, c, k, plan->forth.flags))
 			return DROP(p, DROP_WRITE);
 		if (tell != TRACE_NOT)
 			observe(skb, TRACE_TO_NETWORK | OBSERVE_EGRESS | (plan->forth.flags & DIR_TO_NAT ? OBSERVE_NAT : 0),
@@ -203,12 +219,11 @@ static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bo
 	return VERDICT_DROP; /* solicitations for others (duplicate address detection): no answer is the answer */
 }
 
-SEC("tc")
-int from_container(struct __sk_buff *skb)
+static __noinline int from_container_fast(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
 	__u32 in = skb->ifindex;
-	struct pkt p, *slow;
+	struct pkt p;
 	int verdict;
 
 	/* The kernel has taken the tag off and would put it on again where the packet leaves. */
@@ -237,21 +252,33 @@ int from_container(struct __sk_buff *skb)
 		__builtin_memset(&p, 0, sizeof(p));
 		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
 	}
-	if (!verdict) {
+	if (!verdict)
 		verdict = conn_fast(skb, &p, HOOK_POD, in, &why);
-		if (verdict == NOT_FAST) {
-			slow = slow_pkt(&p);
-			if (!slow)
-				return VERDICT_DROP;
-			arrived(skb, TRACE_FROM_ENDPOINT);
-			if (why == SLOW_REPORT)
-				verdict = conn_report(skb, slow, HOOK_POD);
-			if (verdict == NOT_FAST)
-				verdict = from_container_slow(skb, slow, why);
-			return verdict < NOT_FAST ? drop(skb, slow, HOOK_POD, verdict) : verdict;
-		}
-	}
+	if (verdict == NOT_FAST)
+		slow_pkt(&p, why);
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_POD, verdict) : verdict;
+}
+
+SEC("tc")
+int from_container(struct __sk_buff *skb)
+{
+	int verdict = from_container_fast(skb);
+	__u32 zero = 0;
+	struct scratch *scratch;
+	struct pkt *p;
+
+	if (likely(verdict != NOT_FAST))
+		return verdict;
+	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	arrived(skb, TRACE_FROM_ENDPOINT);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, HOOK_POD);
+	if (verdict == NOT_FAST)
+		verdict = from_container_slow(skb, p, scratch->why);
+	return verdict < NOT_FAST ? drop(skb, p, HOOK_POD, verdict) : verdict;
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

@@ -7,6 +7,21 @@ package bpf
 // Addr is struct addr: 16 bytes in network order, IPv4 as ::ffff:a.b.c.d.
 type Addr [16]byte
 
+// Affinity is struct affinity, 24 bytes.
+type Affinity struct {
+	Addr Addr
+	Port BE16
+	_    uint16
+	Used uint32
+}
+
+// AffinityKey is struct affinity_key, 24 bytes.
+type AffinityKey struct {
+	Client  Addr
+	Service uint32
+	_       uint32
+}
+
 // Backend is struct backend, 24 bytes.
 type Backend struct {
 	Addr  Addr
@@ -37,7 +52,7 @@ type Captured struct {
 	Version uint16
 }
 
-// Conn is struct conn, 160 bytes.
+// Conn is struct conn, 184 bytes.
 type Conn struct {
 	Orig    ConnDir
 	Reply   ConnDir
@@ -47,7 +62,10 @@ type Conn struct {
 	State   uint8
 	Expires uint32
 	Created uint32
-	_       uint32
+	Service uint32
+	ToAddr  Addr
+	ToPort  BE16
+	_       [6]uint8
 }
 
 // ConnDir is struct conn_dir, 64 bytes.
@@ -187,12 +205,40 @@ type MAC struct {
 	B [6]uint8
 }
 
+// MemberKey is struct member_key, 24 bytes.
+type MemberKey struct {
+	Service uint32
+	Addr    Addr
+	Port    BE16
+	_       [2]uint8
+}
+
 // Message is struct message, 8 bytes.
 type Message struct {
 	Type    uint8
 	Subtype uint8
 	Source  uint16
 	Hash    uint32
+}
+
+// Pair is struct pair, 32 bytes.
+type Pair struct {
+	Lo PairEnd
+	Hi PairEnd
+}
+
+// PairEnd is struct pair_end, 16 bytes.
+type PairEnd struct {
+	SndNxt     uint32
+	RcvNxt     uint32
+	Unanswered uint32
+	State      uint32
+}
+
+// PairKey is struct pair_key, 48 bytes.
+type PairKey struct {
+	Tuple ConnKey
+	Netns uint64
 }
 
 // Runtime is struct runtime, 24 bytes.
@@ -206,7 +252,7 @@ type Runtime struct {
 	_           uint32
 }
 
-// Scratch is struct scratch, 688 bytes.
+// Scratch is struct scratch, 840 bytes.
 type Scratch struct {
 	Conn        Conn
 	Key         ConnKey
@@ -216,21 +262,30 @@ type Scratch struct {
 	Plan        [176]uint8
 	Tuple       [40]uint8
 	Inner       [48]uint8
+	Frontend    ServiceKey
+	Client      AffinityKey
+	Affinity    Affinity
+	Member      MemberKey
+	Range       SourceRangeKey
 	Prefix      IPCacheKey
 	Tell        uint32
+	Why         uint32
 	SrcIdentity uint32
 	DstIdentity uint32
 	SrcID       uint16
 	DstID       uint16
 	Node        BE32
+	_           [4]byte
 }
 
-// Service is struct service, 16 bytes.
+// Service is struct service, 24 bytes.
 type Service struct {
-	ID    uint32
-	Count uint32
-	Flags uint32
-	_     uint32
+	ID       uint32
+	Count    uint32
+	First    uint32
+	Local    uint32
+	Affinity uint32
+	Flags    uint32
 }
 
 // ServiceKey is struct service_key, 24 bytes.
@@ -238,8 +293,23 @@ type ServiceKey struct {
 	Addr  Addr
 	Port  BE16
 	Proto uint8
-	Scope uint8
-	_     uint32
+	_     [5]uint8
+}
+
+// SockPin is struct sock_pin, 24 bytes.
+type SockPin struct {
+	Addr    Addr
+	Port    BE16
+	_       uint16
+	Service uint32
+}
+
+// SockPinKey is struct sock_pin_key, 32 bytes.
+type SockPinKey struct {
+	Cookie uint64
+	Addr   Addr
+	Port   BE16
+	_      [6]uint8
 }
 
 // SockRev is struct sock_rev, 24 bytes.
@@ -256,6 +326,13 @@ type SockRevKey struct {
 	Addr   Addr
 	Port   BE16
 	_      [6]uint8
+}
+
+// SourceRangeKey is struct source_range_key, 24 bytes.
+type SourceRangeKey struct {
+	Prefixlen uint32
+	Service   uint32
+	Addr      Addr
 }
 
 // TraceNotify is struct trace_notify, 48 bytes.
@@ -293,6 +370,11 @@ const (
 	AggregateMaximum = 3
 )
 
+// enum backend_flags.
+const (
+	BackendHost = 1
+)
+
 // enum capture_point.
 const (
 	CaptureSNATPre  = 10
@@ -315,6 +397,9 @@ const (
 	ConnInitiatorHi = 1
 	ConnNAT         = 2
 	ConnNoNAT       = 4
+	ConnDNAT        = 8
+	ConnClaimed     = 32
+	ConnDSR         = 16
 )
 
 // enum conn_in.
@@ -357,6 +442,7 @@ const (
 	DirTTL   = 1
 	DirToNAT = 2
 	DirNoNAT = 4
+	DirDSR   = 8
 )
 
 // enum drop_reason.
@@ -371,21 +457,26 @@ const (
 	DropUnroutable      = 151
 	DropCTInsert        = 155
 	DropIPv6Extension   = 156
+	DropNoService       = 158
 	DropNATExhausted    = 167
 	DropNATProto        = 168
 	DropFIB             = 169
 	DropInvalidIdentity = 171
 	DropUnknownSender   = 172
+	DropClusterIP       = 174
 	DropNoFragment      = 175
 	DropICMPv6          = 176
 	DropUnsupportedL2   = 166
+	DropSourceRange     = 177
 	DropVLAN            = 182
+	DropTTL             = 196
 	DropNoEndpoint      = 203
 )
 
 // enum endpoint_flags.
 const (
-	EndpointHost = 1
+	EndpointHost     = 1
+	EndpointNodePort = 2
 )
 
 // enum event_switches.
@@ -419,6 +510,20 @@ const (
 	FileNeigh   = 9
 	FileRoute   = 10
 	FileOverlay = 11
+	FileLB      = 12
+	FileDSR     = 13
+)
+
+// enum frontend_flags.
+const (
+	FrontendOutside  = 1
+	FrontendLocalOut = 2
+	FrontendLocalIn  = 4
+	FrontendRanges   = 8
+	FrontendMaglev   = 16
+	FrontendDSR      = 32
+	FrontendAddress  = 64
+	FrontendNode     = 128
 )
 
 // enum hook.
@@ -429,7 +534,8 @@ const (
 	HookNetdevOut = 3
 	HookSock      = 4
 	HookOverlay   = 5
-	Hooks         = 6
+	HookLocal     = 6
+	Hooks         = 7
 )
 
 // enum identity.
@@ -438,6 +544,7 @@ const (
 	IdentityHost       = 1
 	IdentityWorld      = 2
 	IdentityRemoteNode = 6
+	IdentityAPIServer  = 7
 	IdentityWorldIpv4  = 9
 	IdentityWorldIPv6  = 10
 	IdentityLocal      = 16777216
@@ -447,6 +554,19 @@ const (
 const (
 	IPCacheTunnel = 1
 	IPCachePeer   = 2
+)
+
+// enum member_state.
+const (
+	MemberKeeps  = 0
+	MemberActive = 1
+)
+
+// enum port_use.
+const (
+	PortFrontend = 1
+	PortBackend  = 2
+	PortNode     = 4
 )
 
 // enum report.
@@ -474,7 +594,10 @@ const (
 	SlowNeighbour  = 13
 	SlowMasquerade = 14
 	SlowReport     = 15
-	CountRows      = 16
+	SlowRefused    = 16
+	SlowEcho       = 17
+	SlowBulk       = 18
+	CountRows      = 19
 )
 
 // enum trace_flags.
@@ -532,6 +655,8 @@ type Constants struct {
 	CTTCPTicks uint32 `cfg:"cfg_ct_tcp_ticks"`
 	// device that routes to other nodes, used where the kernel's FIB answer names none.
 	DirectIfindex uint32 `cfg:"cfg_direct_ifindex"`
+	// true: nodes tell each other the frontend of a connection in an IP option, and it is believed.
+	DSR bool `cfg:"cfg_dsr"`
 	// unread bytes of lash_events after which its reader is woken, a power of two.
 	EventsWake uint32 `cfg:"cfg_events_wake"`
 	// bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM.
@@ -540,10 +665,18 @@ type Constants struct {
 	HostIfindex uint32 `cfg:"cfg_host_ifindex"`
 	// MAC address of lash_host, first byte lowest.
 	HostMAC uint64 `cfg:"cfg_host_mac"`
+	// cookie of the node's network namespace.
+	HostNetns uint64 `cfg:"cfg_host_netns"`
 	// true: BPF host routing; false: legacy, remote packets go through the host's stack.
 	HostRouting bool `cfg:"cfg_host_routing"`
 	// kernel ticks a second (CONFIG_HZ), the unit of every deadline.
 	HZ uint32 `cfg:"cfg_hz"`
+	// true: packets from outside reach ClusterIPs too.
+	LBOutsideClusterIP bool `cfg:"cfg_lb_outside_cluster_ip"`
+	// true: connections to services without backends are refused; false: dropped.
+	LBRefuse bool `cfg:"cfg_lb_refuse"`
+	// entries of a table of lash_maglev.
+	MaglevSize uint32 `cfg:"cfg_maglev_size"`
 	// SNAT of pods' IPv4 traffic that leaves the cluster.
 	Masquerade4 bool `cfg:"cfg_masquerade4"`
 	// SNAT of pods' IPv6 traffic that leaves the cluster.
@@ -556,6 +689,10 @@ type Constants struct {
 	Native6Mask Addr `cfg:"cfg_native6_mask"`
 	// IPv6 native routing CIDR, never masqueraded.
 	Native6Net Addr `cfg:"cfg_native6_net"`
+	// the node's IPv4 address on the direct device (IPv4-mapped): told apart from services' without a lookup.
+	Node4 Addr `cfg:"cfg_node4"`
+	// the same for IPv6.
+	Node6 Addr `cfg:"cfg_node6"`
 	// ifindex of the tunnel device; 0: there is none.
 	OverlayIfindex uint32 `cfg:"cfg_overlay_ifindex"`
 	// its mask; all zero: not set, every address is looked up.
@@ -570,16 +707,21 @@ type Constants struct {
 	Router4 Addr `cfg:"cfg_router4"`
 	// the pods' IPv6 gateway.
 	Router6 Addr `cfg:"cfg_router6"`
+	// true: packets that ask for services are served; false: kube-proxy does it.
+	Services bool `cfg:"cfg_services"`
 	// last source port for masquerading.
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// bytes that a packet in the tunnel may have.
+	TunnelMTU uint32 `cfg:"cfg_tunnel_mtu"`
 	// UDP port of the tunnel.
 	TunnelPort uint32 `cfg:"cfg_tunnel_port"`
 }
 
 // Maps are the names of all maps, as pinned.
 var Maps = []string{
+	"lash_affinity",
 	"lash_backends",
 	"lash_conn",
 	"lash_counts",
@@ -591,11 +733,19 @@ var Maps = []string{
 	"lash_frags",
 	"lash_ifaces",
 	"lash_ipcache",
+	"lash_local_netns",
+	"lash_local_pairs",
+	"lash_local_socks",
+	"lash_maglev",
+	"lash_members",
 	"lash_nat",
+	"lash_ports",
 	"lash_runtime",
 	"lash_scratch",
 	"lash_services",
+	"lash_sock_pin",
 	"lash_sock_rev",
+	"lash_source_ranges",
 }
 
 // Programs are all programs, by the object that has them.
@@ -604,5 +754,6 @@ var Programs = map[string][]string{
 	"netdev":  {"from_netdev", "to_netdev"},
 	"overlay": {"from_overlay"},
 	"pod":     {"clock", "from_container"},
-	"sock":    {"connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"},
+	"sock":    {"bind4", "bind6", "connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "sock_release"},
+	"sockmap": {"local_established", "local_message"},
 }

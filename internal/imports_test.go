@@ -59,7 +59,7 @@ var rules = []rule{
 	// The datapath only through interfaces that these define.
 	{"internal/endpoint", []string{"api", "internal/cni", "internal/model", "internal/state"}, []string{statedb, xsys}},
 	{"internal/server", []string{"api", "internal/model", "internal/state"}, []string{statedb}},
-	{"internal/operator", []string{"api", "internal/config", "internal/model", "internal/podcidr"}, []string{k8sio}},
+	{"internal/operator", []string{"api", "internal/config", "internal/model", "internal/podcidr", "internal/k8s", "internal/reconcile", "internal/service", "internal/state"}, []string{k8sio, statedb}},
 	{"api/agent", []string{"internal/model"}, nil},
 	{"api", []string{"api"}, []string{k8sio, "sigs.k8s.io/yaml"}},
 	{"bpf", []string{"bpf"}, []string{ebpf}},

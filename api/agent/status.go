@@ -12,6 +12,7 @@ import (
 // States of a Component.
 const (
 	StateOk       = "Ok"
+	StateEnabled  = "Enabled"
 	StateDisabled = "Disabled"
 	StateFailure  = "Failure"
 	StateWarning  = "Warning"
@@ -58,6 +59,7 @@ type Status struct {
 	IdentityRange        IdentityRange        `json:"identityRange"`
 	Hubble               Component            `json:"hubble"`
 	BPFMaps              []BPFMap             `json:"bpfMaps,omitempty"`
+	Sockmap              Sockmap              `json:"sockmap"`
 	Encryption           Component            `json:"encryption"`
 	ClusterHealth        ClusterHealth        `json:"clusterHealth"`
 
@@ -77,12 +79,23 @@ type KubeProxyReplacement struct {
 	SocketLB         string           `json:"socketLB"`         // Enabled, Disabled
 	SocketLBTracing  string           `json:"socketLBTracing"`  // Disabled
 	SocketLBCoverage string           `json:"socketLBCoverage"` // Full, Hostns-only
-	LBMode           string           `json:"lbMode"`           // SNAT; empty: not in this version
-	BackendSelection string           `json:"backendSelection"` // Random
+	LBMode           string           `json:"lbMode"`           // SNAT, DSR, Hybrid
+	DSRDispatch      string           `json:"dsrDispatch,omitempty"`
+	BackendSelection string           `json:"backendSelection"` // Random, Maglev (Table Size: 16381)
 	SessionAffinity  string           `json:"sessionAffinity"`
 	NAT46            string           `json:"nat46"`
 	XDPAcceleration  string           `json:"xdpAcceleration"`
 	Services         []ServiceFeature `json:"services"` // ClusterIP, NodePort, LoadBalancer, externalIPs, HostPort in this order
+	Annotations      []string         `json:"annotations,omitempty"`
+}
+
+// Sockmap is what connections within pods exchanged without packets, in pods that ask for it.
+type Sockmap struct {
+	Pods     int    `json:"pods"` // of this node that ask for it
+	Messages uint64 `json:"messages"`
+	Bytes    uint64 `json:"bytes"`
+	Bulk     uint64 `json:"bulk"`             // directions of connections that carried too much for it and went on by packets
+	Reason   string `json:"reason,omitempty"` // why it cannot be done here
 }
 
 // ServiceFeature is one kind of service frontend.

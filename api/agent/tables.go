@@ -38,15 +38,28 @@ type Identity struct {
 	Labels []string       `json:"labels"` // reserved:host, k8s:app=...
 }
 
-// Service is one row of `lash service list`.
+// Service is one row of `lash service list`: a frontend. Frontends of one port of a service have the number in common.
 type Service struct {
-	ID        uint32          `json:"id"`
-	Frontend  string          `json:"frontend"` // 10.96.0.1:443/TCP
-	Type      string          `json:"type"`
-	Namespace string          `json:"namespace"`
-	Name      string          `json:"name"`
-	PortName  string          `json:"portName,omitempty"`
-	Backends  []model.Backend `json:"backends"`
+	ID           uint32         `json:"id"`
+	Frontend     string         `json:"frontend"` // 10.96.0.1:443/TCP
+	Type         string         `json:"type"`
+	Namespace    string         `json:"namespace"`
+	Name         string         `json:"name"` // of the service; of a HostPort, of the pod
+	PortName     string         `json:"portName,omitempty"`
+	Affinity     uint32         `json:"sessionAffinitySeconds,omitempty"`
+	Flags        []string       `json:"flags,omitempty"` // non-routable, external-local ...
+	SourceRanges []netip.Prefix `json:"sourceRanges,omitempty"`
+	Backends     []Backend      `json:"backends"`
+}
+
+// Backend is an endpoint of a service that has connections.
+type Backend struct {
+	Addr   netip.Addr `json:"addr"`
+	Port   uint16     `json:"port"`
+	Proto  uint8      `json:"proto"`
+	State  string     `json:"state"`  // active, terminating
+	Active bool       `json:"active"` // gets new connections
+	Local  bool       `json:"local"`  // of this node, where that matters
 }
 
 // Table is a table ready to be printed, rows sorted.

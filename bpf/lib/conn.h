@@ -71,6 +71,40 @@ static __always_inline bool conn_from_initiator(const struct conn *c, bool from_
 	return from_hi == !!(c->flags & CONN_INITIATOR_HI);
 }
 
+/* The ends of a connection, by its record's key. */
+static __always_inline const struct addr *conn_initiator(const struct conn *c, const struct conn_key *k, __be16 *port)
+{
+	bool hi = c->flags & CONN_INITIATOR_HI;
+
+	*port = hi ? k->hi_port : k->lo_port;
+	return hi ? &k->hi : &k->lo;
+}
+
+static __always_inline const struct addr *conn_responder(const struct conn *c, const struct conn_key *k, __be16 *port)
+{
+	bool hi = c->flags & CONN_INITIATOR_HI;
+
+	*port = hi ? k->lo_port : k->hi_port;
+	return hi ? &k->lo : &k->hi;
+}
+
+/* conn_translated fills the key of the tuple that the connection has beyond its translation. */
+static __always_inline void conn_translated(struct conn_key *t, const struct conn *c, const struct conn_key *k)
+{
+	__be16 from_port, to_port;
+	const struct addr *from = conn_initiator(c, k, &from_port), *to = conn_responder(c, k, &to_port);
+
+	if (c->flags & CONN_NAT) {
+		from = &c->nat_addr;
+		from_port = c->nat_port;
+	}
+	if (c->flags & CONN_DNAT) {
+		to = &c->to_addr;
+		to_port = c->to_port;
+	}
+	conn_key(t, from, from_port, to, to_port, k->proto);
+}
+
 static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 {
 	if (proto != IPPROTO_TCP)
@@ -79,6 +113,8 @@ static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 		return cfg_ct_close_ticks;
 	if (!(c->state & STATE_REPLIED))
 		return cfg_ct_syn_ticks;
+	if ((c->flags & CONN_DSR) && (c->state & STATE_FIN_BOTH))
+		return cfg_ct_syn_ticks; /* the other side's does not come by here */
 	return cfg_ct_tcp_ticks;
 }
 
@@ -86,7 +122,7 @@ static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const struct pkt *p,
 				     bool orig, __u32 len, __u32 now)
 {
-	if (!orig && !(c->state & STATE_REPLIED))
+	if (!(c->state & STATE_REPLIED) && (!orig || ((c->flags & CONN_DSR) && (p->tcp & TCP_ACK))))
 		c->state |= STATE_REPLIED;
 	if (unlikely(p->tcp & (TCP_FIN | TCP_RST))) {
 		if (p->tcp & TCP_RST)
@@ -111,36 +147,49 @@ static __always_inline bool conn_closed(const struct conn *c)
 	return (c->state & STATE_CLOSED) || (c->state & STATE_FIN_BOTH) == STATE_FIN_BOTH;
 }
 
-/* conn_open finds the packet's record or makes one, in which nothing is decided.
- * A closed or expired record is made anew. NULL and *err: the map is full. */
-static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt *p,
-					      struct conn_key *k, bool from_hi, int *err)
+/* conn_answered finds the record of a translated connection that the packet is the answer to: it
+ * comes from the responder as translation knows it. k is the packet's key and becomes the record's. */
+static __always_inline struct conn *conn_answered(struct conn_key *k, const struct pkt *p)
 {
-	struct conn *c = bpf_map_lookup_elem(&lash_conn, k);
-	__u32 now = ticks(), zero = 0;
-	struct scratch *scratch;
-	struct conn *fresh;
+	struct conn_key *owner = bpf_map_lookup_elem(&lash_nat, k);
+	const struct addr *from;
+	struct conn *c;
+	__be16 port;
 
-	if (c) {
-		if (!past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
-			return c;
-	}
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch) {
-		*err = DROP(p, DROP_CT_INSERT);
+	if (!owner)
 		return NULL;
-	}
-	/* Its masquerading goes with it, unless the source port is another connection's by now. */
-	if (c && (c->flags & CONN_NAT)) {
-		struct conn_key *nk = &scratch->nat_key, *owner;
+	*k = *owner;
+	c = bpf_map_lookup_elem(&lash_conn, k);
+	if (!c)
+		return NULL;
+	from = &c->to_addr;
+	port = c->to_port;
+	if (!(c->flags & CONN_DNAT))
+		from = conn_responder(c, k, &port);
+	return addr_equal(from, &p->src) && port == p->sport ? c : NULL;
+}
 
-		if (c->flags & CONN_INITIATOR_HI)
-			conn_key(nk, &c->nat_addr, c->nat_port, &k->lo, k->lo_port, k->proto);
-		else
-			conn_key(nk, &c->nat_addr, c->nat_port, &k->hi, k->hi_port, k->proto);
-		owner = bpf_map_lookup_elem(&lash_nat, nk);
+/* conn_open finds the packet's record or makes one, in which nothing is decided.
+ * A closed or expired record is made anew. 0, or a drop reason: the map is full. */
+__noinline int conn_open(struct pkt *p, struct conn_key *k, __u32 from_hi)
+{
+	__u32 now = ticks(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn *c, *fresh;
+
+	if (!p || !k || !scratch)
+		return -DROP_CT_INSERT;
+	c = bpf_map_lookup_elem(&lash_conn, k);
+	if (c && !past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
+		return 0;
+	/* Its translation goes with it, unless the tuple is another connection's by now. */
+	if (c && (c->flags & (CONN_NAT | CONN_DNAT))) {
+		struct conn_key *owner;
+
+		conn_translated(&scratch->nat_key, c, k);
+		owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
 		if (owner && conn_key_equal(owner, k))
-			bpf_map_delete_elem(&lash_nat, nk);
+			bpf_map_delete_elem(&lash_nat, &scratch->nat_key);
 	}
 	fresh = &scratch->conn;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
@@ -148,14 +197,7 @@ static __always_inline struct conn *conn_open(struct __sk_buff *skb, struct pkt 
 	fresh->created = now;
 	fresh->expires = now + conn_lifetime(fresh, p->proto);
 	fresh->orig.due = fresh->reply.due = now + FOREVER;
-	if (bpf_map_update_elem(&lash_conn, k, fresh, BPF_ANY)) {
-		*err = DROP(p, DROP_CT_INSERT);
-		return NULL;
-	}
-	c = bpf_map_lookup_elem(&lash_conn, k);
-	if (!c)
-		*err = DROP(p, DROP_CT_INSERT);
-	return c;
+	return bpf_map_update_elem(&lash_conn, k, fresh, BPF_ANY) ? DROP(p, DROP_CT_INSERT) : 0;
 }
 
 /* A decision is published by its epoch: cleared first, set last, so that the

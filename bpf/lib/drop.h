@@ -19,21 +19,26 @@ enum drop_reason {
 	DROP_UNROUTABLE      = 151, /* Stale or unroutable IP */
 	DROP_CT_INSERT       = 155, /* CT: Map insertion failed */
 	DROP_IPV6_EXTENSION  = 156, /* Invalid IPv6 extension header */
+	DROP_NO_SERVICE      = 158, /* Service backend not found */
 	DROP_NAT_EXHAUSTED   = 167, /* No mapping for NAT masquerade */
 	DROP_NAT_PROTO       = 168, /* Unsupported protocol for NAT masquerade */
 	DROP_FIB             = 169, /* FIB lookup failed */
 	DROP_INVALID_IDENTITY = 171, /* Invalid identity */
 	DROP_UNKNOWN_SENDER  = 172, /* Unknown sender */
+	DROP_CLUSTER_IP      = 174, /* Is a ClusterIP */
 	DROP_NO_FRAGMENT     = 175, /* First logical datagram fragment not found */
 	DROP_ICMPV6          = 176, /* Forbidden ICMPv6 message */
 	DROP_UNSUPPORTED_L2  = 166, /* Unsupported L2 protocol */
+	DROP_SOURCE_RANGE    = 177, /* Denied by LB src range check */
 	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
+	DROP_TTL             = 196, /* TTL exceeded */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
 };
 
 enum file_id {
 	FILE_POD = 1, FILE_NETDEV, FILE_HOST, FILE_SOCK,
 	FILE_PARSE, FILE_CONN, FILE_NAT, FILE_FIB, FILE_NEIGH, FILE_ROUTE, FILE_OVERLAY,
+	FILE_LB, FILE_DSR,
 };
 
 #define DROP(p, reason) ({ (p)->line = __LINE__; (p)->file = FILE_ID; -(int)(reason); })

@@ -102,19 +102,28 @@ static __always_inline int tunnel_sender(struct __sk_buff *skb, struct addr *nod
 	return 0;
 }
 
-/* sent_by: the packet from the tunnel comes from the node that d leads to. */
-static __noinline bool sent_by(struct __sk_buff *skb, const struct conn_dir *d)
+/* sent_by: the packet from the tunnel comes from the node that the other direction leads to; where that
+ * leads to a client outside, from any node. */
+static __noinline bool sent_by(struct __sk_buff *skb, struct conn *c, bool orig)
 {
+	const struct conn_dir *back = orig ? &c->reply : &c->orig;
+	struct ipcache_entry *e;
 	struct addr node;
 	__u32 vni;
 
-	return d->action == ACTION_TUNNEL && !tunnel_sender(skb, &node, &vni) && addr_equal(&node, &d->node);
+	if (tunnel_sender(skb, &node, &vni))
+		return false;
+	if (c->flags & CONN_DSR) {
+		e = ipcache_of(&node);
+		return e && (e->flags & IPCACHE_PEER);
+	}
+	return back->action == ACTION_TUNNEL && addr_equal(&node, &back->node);
 }
 
 /* carry_out rewrites and sends a packet as decided, and tells about it as conn_tell found:
  * TRACE_NOT, or a packet that is in lash_scratch. Negative: the packet could not be written. */
-static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p, const enum hook hook,
-				     const struct conn *c, const struct conn_dir *d, const struct conn_key *k,
+static __always_inline int carry_out(struct __sk_buff *skb, struct pkt *p, const enum hook hook,
+				     struct conn *c, const struct conn_dir *d, struct conn_key *k,
 				     enum trace_reason tell)
 {
 	__u32 out = d->out_ifindex, lifetime = 0, how = hook == HOOK_POD ? OBSERVE_EGRESS : hook == HOOK_OVERLAY ? OBSERVE_TUNNEL : 0;
@@ -123,7 +132,7 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct pkt *p,
 
 	if (tell != TRACE_NOT)
 		lifetime = c->expires / cfg_hz;
-	if (unlikely(flags & (DIR_TO_NAT | DIR_NO_NAT))) {
+	if (unlikely(flags & (DIR_TO_NAT | DIR_NO_NAT | DIR_DSR))) {
 		if (tell != TRACE_NOT)
 			observe_snat(skb, CAPTURE_SNAT_PRE, out);
 		/* This may move the packet; what follows reads it anew. */
@@ -172,6 +181,9 @@ static __always_inline bool too_big(const struct __sk_buff *skb, const struct pk
 	return skb->gso_size + (p->l4 - ETH_HLEN) + (p->proto == IPPROTO_TCP ? p->tcp_len : 8) > mtu;
 }
 
+/* Each program is two functions: the first parses a packet and follows the decision of its
+ * connection, if one holds; otherwise it leaves the packet, and why, in lash_scratch and
+ * returns NOT_FAST. Its stack is free again for the second, which decides. */
 #define NOT_FAST (-2)
 
 /* conn_fast follows the connection's decision for this packet, if one holds.
@@ -194,11 +206,16 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 	}
 	from_hi = pkt_key(&k, p);
 	c = bpf_map_lookup_elem(&lash_conn, &k);
-	if (!c) {
-		*why = SLOW_NEW;
-		return NOT_FAST;
+	if (likely(c)) {
+		orig = conn_from_initiator(c, from_hi);
+	} else {
+		c = conn_answered(&k, p);
+		if (!c) {
+			*why = SLOW_NEW;
+			return NOT_FAST;
+		}
+		orig = false;
 	}
-	orig = conn_from_initiator(c, from_hi);
 	d = orig ? &c->orig : &c->reply;
 	rt = bpf_map_lookup_elem(&lash_runtime, &zero);
 	if (unlikely(!rt || d->epoch != rt->epoch)) {
@@ -209,7 +226,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
-	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, orig ? &c->reply : &c->orig))) {
+	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, c, orig))) {
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
@@ -218,7 +235,8 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_DEADLINE;
 		return NOT_FAST;
 	}
-	if (unlikely(tcp_opens(p) && conn_closed(c))) {
+	/* A SYN opens the connection anew, or takes along which frontend it is for. */
+	if (unlikely(tcp_opens(p) && (conn_closed(c) || (c->flags & CONN_DSR)))) {
 		*why = SLOW_REOPENED;
 		return NOT_FAST;
 	}
@@ -257,9 +275,11 @@ static __noinline int conn_report(struct __sk_buff *skb, struct pkt *p, const en
 		return NOT_FAST;
 	from_hi = pkt_key(&scratch->key, p);
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	orig = c && conn_from_initiator(c, from_hi);
+	if (!c)
+		c = conn_answered(&scratch->key, p);
 	if (!c)
 		return NOT_FAST;
-	orig = conn_from_initiator(c, from_hi);
 	d = orig ? &c->orig : &c->reply;
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(hook, SLOW_REPORT, skb->len);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Masquerading: which packets, which source port, and the rewriting. A masqueraded
- * connection is one record; the translated tuple leads to it through lash_nat. */
+/* Translation: masquerading (which packets, which source port), the rewriting of packets
+ * and of the ICMP errors about them. A translated connection is one record; the
+ * translated tuple leads to it through lash_nat. */
 #ifndef LASH_NAT_H
 #define LASH_NAT_H
 
@@ -9,7 +10,7 @@
 #define FILE_ID FILE_NAT
 
 enum identity {
-	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6,
+	IDENTITY_UNKNOWN = 0, IDENTITY_HOST = 1, IDENTITY_WORLD = 2, IDENTITY_REMOTE_NODE = 6, IDENTITY_APISERVER = 7,
 	IDENTITY_WORLD_IPV4 = 9, IDENTITY_WORLD_IPV6 = 10, /* the world, on nodes with both families */
 	IDENTITY_LOCAL = 1 << 24, /* from here on this node's own: CIDRs outside of the cluster */
 };
@@ -50,16 +51,15 @@ static __always_inline int l4_csum_address6(struct __sk_buff *skb, __u32 off, __
 	return 0;
 }
 
-/* nat_rewrite replaces the source (or destination) address and port. SCTP keeps its
- * ports: its checksum covers the payload. 0, or -1 when the packet cannot be written. */
-static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *p, bool source,
-				       const struct addr *from, __be16 from_port,
-				       const struct addr *to, __be16 to_port)
+/* nat_rewrite replaces the source (or destination) address and port of the packet, and p follows.
+ * SCTP keeps its ports: its checksum covers the payload. 0, or -1 when the packet cannot be written. */
+static __always_inline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, bool source, const struct addr *to, __be16 to_port)
 {
+	struct addr *side = source ? &p->src : &p->dst;
+	__be16 *port = source ? &p->sport : &p->dport, from_port = *port;
 	__u64 flags = 0;
 	__u32 sum = p->flags & PKT_LATER ? 0 : l4_checksum(p, &flags);
 	__u32 port_off = 0;
-	struct addr old = *from, new = *to;
 	__u64 store = 0;
 	__be16 check;
 
@@ -79,6 +79,7 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *
 		else if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
 			port_off = p->l4 + (source ? 0 : 2);
 	}
+	*port = to_port;
 	if (port_off) {
 		if (sum && bpf_l4_csum_replace(skb, sum, from_port, to_port, (flags & ~BPF_F_PSEUDO_HDR) | sizeof(to_port)))
 			return -1;
@@ -86,34 +87,68 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, const struct pkt *
 			return -1;
 	}
 	if (p->v6) {
-		__s64 diff = bpf_csum_diff(&old, 16, &new, 16, 0);
+		__s64 diff = bpf_csum_diff(side->w, 16, (void *)to->w, 16, 0);
 
 		if (sum && l4_csum_address6(skb, sum, diff, flags))
 			return -1;
 		if (bpf_skb_store_bytes(skb, ETH_HLEN + (source ? offsetof(struct ipv6hdr, saddr) :
-					offsetof(struct ipv6hdr, daddr)), &new, 16, store))
+					offsetof(struct ipv6hdr, daddr)), to, 16, store))
 			return -1;
-		return 0;
+	} else {
+		if (sum && (flags & BPF_F_PSEUDO_HDR) &&
+		    bpf_l4_csum_replace(skb, sum, side->w[3], to->w[3], flags | sizeof(__be32)))
+			return -1;
+		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), side->w[3], to->w[3], sizeof(__be32)) ||
+		    bpf_skb_store_bytes(skb, ETH_HLEN + (source ? offsetof(struct iphdr, saddr) :
+					offsetof(struct iphdr, daddr)), &to->w[3], sizeof(__be32), 0))
+			return -1;
 	}
-	if (sum && (flags & BPF_F_PSEUDO_HDR) &&
-	    bpf_l4_csum_replace(skb, sum, old.w[3], new.w[3], flags | sizeof(__be32)))
-		return -1;
-	if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old.w[3], new.w[3], sizeof(__be32)) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN + (source ? offsetof(struct iphdr, saddr) :
-				offsetof(struct iphdr, daddr)), &new.w[3], sizeof(__be32), 0))
-		return -1;
+	*side = *to;
 	return 0;
 }
 
-/* nat_apply translates a packet of connection k as its direction's flags say. */
-static __noinline int nat_apply(struct __sk_buff *skb, const struct pkt *p, const struct conn *c,
-				const struct conn_key *k, __u32 flags)
+/* nat_apply translates a packet of connection k as its direction's flags say, and p with it:
+ * what has been translated already is left as it is. 0, or -1 when it cannot be written. */
+__noinline int nat_apply(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct conn_key *k, __u32 flags)
 {
-	bool hi = c->flags & CONN_INITIATOR_HI;
+	bool forth = flags & DIR_TO_NAT;
 
-	if (flags & DIR_TO_NAT)
-		return nat_rewrite(skb, p, true, &p->src, p->sport, &c->nat_addr, c->nat_port);
-	return nat_rewrite(skb, p, false, &p->dst, p->dport, hi ? &k->hi : &k->lo, hi ? k->hi_port : k->lo_port);
+	if (!p || !c || !k || !(flags & (DIR_TO_NAT | DIR_NO_NAT | DIR_DSR)))
+		return 0;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 2; i++) {
+		/* First the initiator's side, then the responder's. */
+		bool responder = i, source = responder != forth;
+		const struct addr *a;
+		__be16 port;
+
+		if (flags & DIR_DSR ? !responder : !(c->flags & (responder ? CONN_DNAT : CONN_NAT)))
+			continue;
+		if (forth) {
+			a = responder ? &c->to_addr : &c->nat_addr;
+			port = responder ? c->to_port : c->nat_port;
+		} else if (flags & DIR_DSR) {
+			a = &c->to_addr;
+			port = c->to_port;
+		} else if (responder) {
+			a = conn_responder(c, k, &port);
+		} else {
+			a = conn_initiator(c, k, &port);
+		}
+		if (addr_equal(a, source ? &p->src : &p->dst) && port == (source ? p->sport : p->dport))
+			continue;
+		if (nat_rewrite(skb, p, source, a, port))
+			return -1;
+	}
+	return 0;
+}
+
+/* nat_flags: how packets of a direction of the connection are translated. */
+static __always_inline __u8 nat_flags(const struct conn *c, bool orig)
+{
+	if (c->flags & (CONN_NAT | CONN_DNAT))
+		return orig ? DIR_TO_NAT : DIR_NO_NAT;
+	return (c->flags & CONN_DSR) && !orig ? DIR_DSR : 0; /* here are the backends */
 }
 
 /* ipcache_of: what is known of an address, by the longest prefix; NULL: nothing. */
@@ -144,10 +179,19 @@ static __always_inline bool leaves_cluster(const struct pkt *p, const struct add
 	       (cfg_overlay_ifindex && (e->flags & IPCACHE_PEER));
 }
 
-/* socket_has: a socket of the host owns or listens on the tuple that a reply would carry. */
-static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
-				       const struct addr *nat, __be16 port)
+static __always_inline bool port_used(__u32 port, enum port_use use)
 {
+	__u8 *uses = bpf_map_lookup_elem(&lash_ports, &port);
+
+	return uses && (*uses & use);
+}
+
+/* socket_has: a socket of the host owns or listens on the tuple of the packet; with nat, on that
+ * of the reply to it that would come to address nat and port. */
+static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p, const struct addr *nat, __be16 port)
+{
+	const struct addr *remote = nat ? &p->dst : &p->src, *local = nat ?: &p->dst;
+	__be16 remote_port = nat ? p->dport : p->sport;
 	__u32 zero = 0, size;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct bpf_sock_tuple *t;
@@ -158,16 +202,18 @@ static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
 	t = (struct bpf_sock_tuple *)scratch->tuple;
 	if (p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP)
 		return false;
+	if (!nat)
+		port = p->dport;
 	if (p->v6) {
-		__builtin_memcpy(t->ipv6.saddr, &p->dst, 16);
-		__builtin_memcpy(t->ipv6.daddr, nat, 16);
-		t->ipv6.sport = p->dport;
+		__builtin_memcpy(t->ipv6.saddr, remote, 16);
+		__builtin_memcpy(t->ipv6.daddr, local, 16);
+		t->ipv6.sport = remote_port;
 		t->ipv6.dport = port;
 		size = sizeof(t->ipv6);
 	} else {
-		t->ipv4.saddr = p->dst.w[3];
-		t->ipv4.daddr = nat->w[3];
-		t->ipv4.sport = p->dport;
+		t->ipv4.saddr = remote->w[3];
+		t->ipv4.daddr = local->w[3];
+		t->ipv4.sport = remote_port;
 		t->ipv4.dport = port;
 		size = sizeof(t->ipv4);
 	}
@@ -183,37 +229,44 @@ static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p,
 
 #define SNAT_TRIES 16
 
-/* nat_claim gives the connection a source port on address nat that nobody else uses
- * towards this destination. k is the packet's own key. 0 or a drop reason. */
-static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k,
-				struct conn *c, struct addr *nat)
+/* nat_claim gives the connection a source port on address nat that nobody else uses towards the
+ * packet's destination, and the row of lash_nat. On the packet's own address that is its own port,
+ * if it can be. k is the record's key; p is translated on the responder's side already. 0 or a drop reason. */
+__noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k, struct conn *c, struct addr *nat)
 {
-	__u32 span = cfg_snat_max - cfg_snat_min + 1, start, now = ticks();
-	bool request = (p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO);
-	bool ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || request;
-	struct scratch *scratch;
+	__u32 span = cfg_snat_max - cfg_snat_min + 1, start, now = ticks(), zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	bool request, ports, own;
 	struct conn_key *nk;
-	__u32 zero = 0;
 
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch)
-		return DROP(p, DROP_NAT_EXHAUSTED);
+	if (!scratch || !p || !k || !c || !nat)
+		return -DROP_NAT_EXHAUSTED;
+	request = (p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO);
+	ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || request;
+	own = addr_equal(nat, &p->src);
 	nk = &scratch->nat_key;
 	if (!ports && (p->flags & PKT_PORTS) == 0 && p->proto != IPPROTO_SCTP && p->sport)
 		return DROP(p, DROP_NAT_PROTO);
 	if ((p->flags & PKT_ECHO) && !request)
 		return DROP(p, DROP_NAT_PROTO); /* a reply that nobody asked for: its identifier is the other side's */
 	start = bpf_get_prandom_u32();
+#pragma clang loop unroll(disable)
 	for (int i = 0; i < SNAT_TRIES; i++) {
-		__be16 port = ports ? bpf_htons((__u16)(cfg_snat_min + (start + i * 7919) % span)) : p->sport;
+		__u32 number = cfg_snat_min + (start + i * 7919) % span;
+		__be16 port = ports && !(own && !i) ? bpf_htons((__u16)number) : p->sport;
 		struct conn_key *owner;
+		struct conn *other;
 
-		if (socket_has(skb, p, nat, port))
+		if (!own && (port_used(number, PORT_FRONTEND) || socket_has(skb, p, nat, port)))
 			continue;
 		conn_key(nk, nat, port, &p->dst, p->dport, p->proto);
+		/* On an address that speaks for itself, too, the tuple may be in use. */
+		if (own) {
+			other = bpf_map_lookup_elem(&lash_conn, nk);
+			if (other && other != c && !past(now, other->expires) && !conn_closed(other))
+				continue;
+		}
 		if (bpf_map_update_elem(&lash_nat, nk, k, BPF_NOEXIST)) {
-			struct conn *other;
-
 			/* Taken: free after all if its connection is gone or expired. */
 			owner = bpf_map_lookup_elem(&lash_nat, nk);
 			if (owner) {
@@ -224,6 +277,9 @@ static __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct con
 			if (bpf_map_update_elem(&lash_nat, nk, k, BPF_ANY))
 				continue;
 		}
+		c->flags |= CONN_CLAIMED;
+		if (own && port == p->sport)
+			return 0;
 		c->nat_addr = *nat;
 		c->nat_port = port;
 		c->flags |= CONN_NAT;
@@ -251,16 +307,17 @@ static __always_inline int masquerade(struct __sk_buff *skb, struct pkt *p, stru
 	return nat_claim(skb, p, k, c, &nat);
 }
 
-/* --- ICMP errors about masqueraded packets ------------------------------- */
+/* --- ICMP errors about translated packets -------------------------------- */
 
 struct inner {
 	struct addr src, dst;
 	__be16 sport, dport;
 	__u8 proto;
-	bool to_pod;             /* the error comes from outside */
+	bool forth;              /* the quoted packet is not translated, and is to be */
 	__u16 l3, l4;            /* offsets from the frame's start */
 	__u16 port_off;          /* of sport; 0: no ports (dport is 2 further on) */
 	bool echo;
+	bool orig;               /* the quoted packet is the initiator's */
 };
 
 /* inner_parse reads the headers an ICMP error quotes. 0 or a drop reason. */
@@ -334,76 +391,135 @@ static __always_inline int icmp_put16(struct __sk_buff *skb, const struct pkt *p
 	       bpf_skb_store_bytes(skb, off, &to, sizeof(to), 0) ? -1 : 0;
 }
 
-/* icmp_translate rewrites an ICMP error about a masqueraded packet. in->to_pod: the quoted packet's source and the error's destination become the
- * pod's. Otherwise a pod reports about a reply: the other way round. */
-static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in,
-				     struct addr *addr, __be16 port)
+/* icmp_side gives one end of the quoted packet, and the end of the error that is the same, another
+ * address and port. source: the quoted packet's source, which is where the error goes. */
+static __always_inline int icmp_side(struct __sk_buff *skb, struct pkt *p, struct inner *in, bool source,
+				     const struct addr *to, __be16 to_port)
 {
-	const struct addr *old_outer = in->to_pod ? &p->dst : &p->src;
-	const struct addr *old_inner = in->to_pod ? &in->src : &in->dst;
-	__be16 old_port = in->to_pod ? in->sport : in->dport;
+	struct addr *old = source ? &in->src : &in->dst, *outer = source ? &p->dst : &p->src;
+	__be16 old_port = source ? in->sport : in->dport;
+	bool whole = addr_equal(outer, old); /* not a router's error */
+	__u32 off;
 
 	if (p->v6) {
-		__u32 outer = ETH_HLEN + (in->to_pod ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
-		__u32 inner = in->l3 + (in->to_pod ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
-
-		if (icmp_put(skb, p, outer, old_outer, addr, 16, BPF_F_PSEUDO_HDR) ||
-		    icmp_put(skb, p, inner, old_inner, addr, 16, 0))
-			return DROP(p, DROP_WRITE);
+		if (whole) {
+			off = ETH_HLEN + (source ? offsetof(struct ipv6hdr, daddr) : offsetof(struct ipv6hdr, saddr));
+			if (icmp_put(skb, p, off, outer, to, 16, BPF_F_PSEUDO_HDR))
+				return -1;
+		}
+		off = in->l3 + (source ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
+		if (icmp_put(skb, p, off, old, to, 16, 0))
+			return -1;
 	} else {
-		__u32 outer = ETH_HLEN + (in->to_pod ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
-		__u32 inner = in->l3 + (in->to_pod ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
 		__u16 check;
 		__u32 sum;
 
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), old_outer->w[3], addr->w[3], 4) ||
-		    bpf_skb_store_bytes(skb, outer, &addr->w[3], 4, 0) ||
-		    icmp_put(skb, p, inner, &old_inner->w[3], &addr->w[3], 4, 0))
-			return DROP(p, DROP_WRITE);
+		if (whole) {
+			off = ETH_HLEN + (source ? offsetof(struct iphdr, daddr) : offsetof(struct iphdr, saddr));
+			if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), outer->w[3], to->w[3], 4) ||
+			    bpf_skb_store_bytes(skb, off, &to->w[3], 4, 0))
+				return -1;
+		}
+		off = in->l3 + (source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
+		if (icmp_put(skb, p, off, &old->w[3], &to->w[3], 4, 0))
+			return -1;
 		/* The quoted header's own checksum, so that the receiver finds it sound. */
-		if (bpf_skb_load_bytes(skb, in->l3 + offsetof(struct iphdr, check), &check, sizeof(check)))
-			return DROP(p, DROP_WRITE);
-		sum = (__u16)~check + (__u16)~(old_inner->w[3] & 0xffff) + (__u16)~(old_inner->w[3] >> 16) +
-		      (addr->w[3] & 0xffff) + (addr->w[3] >> 16);
+		off = in->l3 + offsetof(struct iphdr, check);
+		if (bpf_skb_load_bytes(skb, off, &check, sizeof(check)))
+			return -1;
+		sum = (__u16)~check + (__u16)~(old->w[3] & 0xffff) + (__u16)~(old->w[3] >> 16) +
+		      (to->w[3] & 0xffff) + (to->w[3] >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
-		if (icmp_put16(skb, p, in->l3 + offsetof(struct iphdr, check), check, (__u16)~sum))
-			return DROP(p, DROP_WRITE);
+		if (icmp_put16(skb, p, off, check, (__u16)~sum))
+			return -1;
 	}
-	if (in->port_off && old_port != port && in->proto != IPPROTO_SCTP) {
-		__u32 off = in->port_off + (in->to_pod || in->echo ? 0 : 2);
-
-		if (icmp_put16(skb, p, off, old_port, port))
-			return DROP(p, DROP_WRITE);
+	if (in->port_off && old_port != to_port && in->proto != IPPROTO_SCTP) {
+		if (icmp_put16(skb, p, in->port_off + (source || in->echo ? 0 : 2), old_port, to_port))
+			return -1;
 	}
+	if (whole)
+		*outer = *to;
 	return 0;
 }
 
-/* translate_report gives a pod's error about what reached it by way of a masqueraded connection the
- * addresses of outside, and sets PKT_TRANSLATED. 0, also for an error about something else, or a drop reason. */
-static __noinline int translate_report(struct __sk_buff *skb, struct pkt *p)
+/* icmp_translate rewrites an ICMP error about a packet of connection k, translated or not, to the other form. */
+static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struct inner *in,
+				     const struct conn *c, const struct conn_key *k)
+{
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < 2; i++) {
+		bool source = !i, responder = source != in->orig;
+		const struct addr *to;
+		__be16 port;
+
+		if (!(c->flags & (responder ? CONN_DNAT : CONN_NAT)))
+			continue;
+		if (in->forth) {
+			to = responder ? &c->to_addr : &c->nat_addr;
+			port = responder ? c->to_port : c->nat_port;
+		} else {
+			to = responder ? conn_responder(c, k, &port) : conn_initiator(c, k, &port);
+		}
+		if (icmp_side(skb, p, in, source, to, port))
+			return DROP(p, DROP_WRITE);
+	}
+	p->flags |= PKT_TRANSLATED;
+	return 0;
+}
+
+/* icmp_owner finds the translated connection that the ICMP error with the quoted packet in scratch->inner
+ * is about; its key is then in scratch->nat_key. NULL: it is about something else. */
+static __noinline struct conn *icmp_owner(struct scratch *scratch)
+{
+	struct inner *in = (struct inner *)scratch->inner;
+	struct conn_key *k = &scratch->nat_key, *owner;
+	const struct addr *from;
+	struct conn *c;
+	__be16 port;
+
+	in->orig = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
+	c = bpf_map_lookup_elem(&lash_conn, k);
+	if (c) {
+		in->forth = true;
+		in->orig = conn_from_initiator(c, in->orig);
+		return c->flags & (CONN_NAT | CONN_DNAT) ? c : NULL;
+	}
+	owner = bpf_map_lookup_elem(&lash_nat, k);
+	if (!owner)
+		return NULL;
+	*k = *owner;
+	c = bpf_map_lookup_elem(&lash_conn, k);
+	if (!c)
+		return NULL;
+	in->forth = false;
+	from = &c->nat_addr;
+	port = c->nat_port;
+	if (!(c->flags & CONN_NAT))
+		from = conn_initiator(c, k, &port);
+	in->orig = addr_equal(&in->src, from) && in->sport == port;
+	return c;
+}
+
+/* translate_report gives an error about what came by way of a translated connection the addresses that
+ * the other end knows. masqueraded: also when only masquerading translates it.
+ * 0, also for an error about something else, or a drop reason. */
+__noinline int translate_report(struct __sk_buff *skb, struct pkt *p, __u32 masqueraded)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key *k;
-	struct inner *in;
 	struct conn *c;
-	bool from_hi;
 	int err;
 
-	if (!scratch)
-		return DROP(p, DROP_CT_INVALID);
-	k = &scratch->nat_key;
-	in = (struct inner *)scratch->inner;
-	err = inner_parse(skb, p, in);
+	if (!scratch || !p)
+		return -DROP_CT_INVALID;
+	err = inner_parse(skb, p, (struct inner *)scratch->inner);
 	if (err)
 		return err;
-	from_hi = conn_key(k, &in->src, in->sport, &in->dst, in->dport, in->proto);
-	c = bpf_map_lookup_elem(&lash_conn, k);
-	if (!c || !(c->flags & CONN_NAT) || conn_from_initiator(c, from_hi))
+	c = icmp_owner(scratch);
+	if (!c || (!masqueraded && !(c->flags & CONN_DNAT)))
 		return 0;
-	p->flags |= PKT_TRANSLATED;
-	return icmp_translate(skb, p, in, &c->nat_addr, c->nat_port);
+	return icmp_translate(skb, p, (struct inner *)scratch->inner, c, &scratch->nat_key);
 }
 
 #undef FILE_ID

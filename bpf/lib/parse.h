@@ -53,16 +53,16 @@ struct pkt {
 /* slow_pkt moves the parsed packet out of the stack, where the verifier would follow
  * each of its values through every branch of the slow path, into memory that it takes
  * as unknown: the slow path is then verified once, not once for each kind of packet. */
-static __always_inline struct pkt *slow_pkt(const struct pkt *p)
+static __always_inline void slow_pkt(const struct pkt *p, enum slow_reason why)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 
 	_Static_assert(sizeof(*p) <= sizeof(scratch->pkt), "struct pkt outgrew its place in struct scratch");
 	if (!scratch)
-		return NULL;
+		return;
 	__builtin_memcpy(scratch->pkt, p, sizeof(*p));
-	return (struct pkt *)scratch->pkt;
+	scratch->why = why;
 }
 
 /* As much of an L4 header as a packet must have: all of TCP's without options. */

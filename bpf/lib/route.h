@@ -163,7 +163,7 @@ static __always_inline void decide_tunnel(struct conn_dir *d, __u32 in, const st
 }
 
 /* tunnel_to: the row of a destination that is reached through the tunnel, else NULL. */
-static __always_inline struct ipcache_entry *tunnel_to(const struct addr *a)
+static __noinline struct ipcache_entry *tunnel_to(const struct addr *a)
 {
 	struct ipcache_entry *e;
 

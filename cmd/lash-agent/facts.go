@@ -52,6 +52,7 @@ func (a *agent) facts() server.Facts {
 
 		Kubernetes: a.kubernetesFact(), KubernetesAPIs: slices.Sorted(slices.Values(a.kinds)),
 		KubeProxyReplacement: a.cfg.KubeProxyReplacement, SocketLB: a.attached.Load(),
+		LB:             a.lbFact(),
 		CNIConfigFile:  "not written yet: the agent is not ready",
 		IPAM:           a.ipamFact(),
 		Routing:        api.Routing{Network: a.networkRouting(), Host: "Legacy", Reason: a.routing.Reason},
@@ -78,6 +79,7 @@ func (a *agent) facts() server.Facts {
 	}
 	if p.dp != nil {
 		f.Monitor = a.monitorFact(p.dp)
+		f.Sockmap = sockmapFact(p.dp)
 		f.AttachMode = "Legacy TC"
 		if p.dp.Features().TCX {
 			f.AttachMode = "TCX"

@@ -58,7 +58,7 @@ func (a *agent) restoreLocal() {
 	}
 	// Families may have been switched off since; Local filters what objects say in the same way.
 	n = node.Local(a.nodeCfg, model.Node{Routers: n.Routers, Health: n.Health}, []state.NodeObject{
-		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs},
+		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs, Zone: n.Zone},
 		{Source: model.SourceCustomResource, Name: a.name, PodCIDRs: n.PodCIDRs},
 	})
 	off := func(r netip.Addr) bool { return !a.nodeCfg.Enabled(r) }
@@ -278,11 +278,19 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		HostRouting: a.routing.BPF,
 		Masquerade4: cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, Masquerade6: cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
 		ConnMax: uint32(cfg.BPFCTMax), ServiceMax: uint32(cfg.BPFLBMapMax), NoTCX: !cfg.EnableTCX,
+		OutsideClusterIP: cfg.LBExternalClusterIP, DropNoBackend: cfg.ServiceNoBackend == "drop", NoBindProtection: !cfg.NodePortBindProtection,
+		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
+		NoServices: !cfg.KubeProxyReplacement, DSR: cfg.KubeProxyReplacement && cfg.DSRProblem() == "",
 	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()
 	if d := a.detection.Load(); d != nil {
 		if direct, ok := d.DirectRouting(); ok {
-			c.DirectIfindex = direct.Ifindex
+			c.DirectIfindex, c.TunnelMTU = direct.Ifindex, direct.MTU-cfg.TunnelOverhead()
+			for _, a := range []netip.Addr{direct.IPv4, direct.IPv6} {
+				if a.IsValid() {
+					c.NodeAddrs = append(c.NodeAddrs, a)
+				}
+			}
 		}
 	}
 	for _, p := range []netip.Prefix{cfg.IPv4NativeRoutingCIDR, cfg.IPv6NativeRoutingCIDR} {

@@ -33,11 +33,7 @@ func (a *agent) waitUntilReady(ctx context.Context, endpoints *reconcile.Loop[ne
 	if err := errors.Join(endpoints.Sync(ctx), ipcache.Sync(ctx), devices.Sync(ctx)); err != nil {
 		return err
 	}
-	known, err := a.dp.Services().List(ctx)
-	if err != nil {
-		return fmt.Errorf("read the service map: %w", err)
-	}
-	if complete, done := a.tables.Frontends.Initialized(a.tables.DB.ReadTxn()); a.cfg.KubeProxyReplacement && len(known) == 0 && !complete {
+	if complete, done := a.tables.ServicePorts.Initialized(a.tables.DB.ReadTxn()); a.cfg.KubeProxyReplacement && a.noServices && !complete {
 		a.phase.Store(&phase{waiting: "services have not been read from the API server yet", dp: a.dp})
 		select {
 		case <-done:

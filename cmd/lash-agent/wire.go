@@ -28,15 +28,17 @@ import (
 	"github.com/lash-net/lash/internal/node"
 	"github.com/lash-net/lash/internal/reconcile"
 	"github.com/lash-net/lash/internal/server"
-	"github.com/lash-net/lash/internal/service"
 	"github.com/lash-net/lash/internal/state"
 )
 
 // Throttles of the loops: how often at most a burst of changes makes a loop look at its table.
 const (
 	rowThrottle     = 10 * time.Millisecond
-	serviceThrottle = 20 * time.Millisecond
+	serviceThrottle = 5 * time.Millisecond
 )
+
+// servicesAtOnce are written at the same time: only those that get a Maglev table wait for the kernel.
+const servicesAtOnce = 32
 
 // agent is what the parts share. It is filled in by run from top to bottom and not changed afterwards, except where a
 // field says so.
@@ -64,6 +66,7 @@ type agent struct {
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
 	tunnel     tunnelDevice
+	noServices bool // the kernel had none when the agent started
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs
@@ -219,6 +222,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
+	a.task(g, a.sockmap())
 	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
 	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })
@@ -250,36 +254,9 @@ func nodeConfig(cfg *config.Config, name string) node.Config {
 		Name: name, IPAM: cfg.IPAM, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6,
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
+		NodePorts: cfg.KubeProxyReplacement, NodePortCIDRs: cfg.NodePortAddresses,
 		MasqueradeIP4: cfg.EnableIPv4Masquerade && cfg.EnableBPFMasquerade, MasqueradeIP6: cfg.EnableIPv6Masquerade && cfg.EnableBPFMasquerade,
 	}
-}
-
-// startServices keeps the service maps equal to the cluster's services and attaches the socket programs, or takes
-// them away if kube-proxy is to do the work.
-func (a *agent) startServices(ctx context.Context, g *group) error {
-	if !a.cfg.KubeProxyReplacement {
-		return a.dp.DetachCgroup()
-	}
-	known, err := a.dp.Services().List(ctx)
-	if err != nil {
-		return fmt.Errorf("read the service map: %w", err)
-	}
-	stage := service.Stage(a.tables, service.Config{Node: a.name, IPv4: a.cfg.EnableIPv4, IPv6: a.cfg.EnableIPv6, Numbers: service.NewNumbers(known)})
-	loop := reconcile.New(reconcile.Config[model.Frontend, model.FrontendEntry]{
-		Name: "datapath-services", Target: a.dp.Services(), Desired: state.Desired(a.tables.DB, a.tables.Frontends.ToTable(), state.Frontend.Split),
-		Equal: datapath.SameService, Compare: model.Frontend.Compare, Report: a.tables.Report, Log: a.log, Throttle: serviceThrottle,
-	})
-	g.start("service-stage", func(ctx context.Context) error { return stage.Run(ctx, a.tables.DB) })
-	g.start("datapath-services", loop.Run)
-	path, err := cgroupRoot(a.cfg.CgroupRoot)
-	if err != nil {
-		return err
-	}
-	if err := a.dp.AttachCgroup(path); err != nil {
-		return fmt.Errorf("attach socket programs to cgroup %s (cgroup-root): %w", path, err)
-	}
-	a.attached.Store(true)
-	return nil
 }
 
 // attachNode attaches the programs of lash_host and of the node's devices, whose rows are written first.

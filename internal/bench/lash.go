@@ -55,6 +55,8 @@ type lashNode struct {
 type lashCluster struct {
 	n, m *lashNode
 	pods []*lashPod
+
+	group *os.File // of the socket programs; nil: they are not attached
 }
 
 type lashPod struct {
@@ -297,7 +299,7 @@ func lashSame(t *Topology) (Pair, error) {
 		return Pair{}, err
 	}
 	a, b := c.pods[0], c.pods[1]
-	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, nil
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, nil
 }
 
 func lashAcross(m mode) func(*Topology) (Pair, error) {
@@ -307,7 +309,7 @@ func lashAcross(m mode) func(*Topology) (Pair, error) {
 			return Pair{}, err
 		}
 		a, b := c.pods[0], c.pods[2]
-		return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, nil
+		return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, nil
 	}
 }
 
@@ -316,5 +318,5 @@ func lashHost(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
-	return Pair{c.n.Netns, c.m.Netns, c.m.Addr4, c.m.Addr6}, nil
+	return Pair{Client: c.n.Netns, Server: c.m.Netns, Server4: c.m.Addr4, Server6: c.m.Addr6}, nil
 }

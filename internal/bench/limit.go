@@ -90,7 +90,7 @@ func limitSame(t *Topology) (Pair, error) {
 		return Pair{}, err
 	}
 	from, to := a.host.Attrs().Index, b.host.Attrs().Index
-	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, errors.Join(
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, errors.Join(
 		attachIngress(t, n.Netns, from, "limit_peer", intoPod(to)),
 		attachIngress(t, n.Netns, to, "limit_peer", intoPod(from)))
 }
@@ -101,7 +101,7 @@ func limitAcross(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
-	pair := Pair{a.Netns, b.Netns, b.addr4, b.addr6}
+	pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
 	for _, way := range []struct {
 		from, to *Node
 		pod      *pod

@@ -18,6 +18,8 @@ const (
 	Overlay    = "VXLAN"
 	Legacy     = "legacy"
 	Events     = "events" // told to a listener; compared with Lash without one
+	WithinPod  = "within a pod"
+	Services   = "services" // translated at the socket; compared with Lash asked for the backend itself
 )
 
 // Path is one way for traffic to go, set up beside the others.
@@ -50,6 +52,10 @@ func Paths() []Path {
 		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
 		{Name: "lash-vxlan", Group: Overlay, Against: Bare, Gated: true, Setup: lashAcross(mode{tunnel: true})},
 		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
+		{Name: "loopback", Group: WithinPod, Setup: withinPod},
+		{Name: "lash-sockmap", Group: WithinPod, Against: "loopback", Gated: true, Setup: lashSockmap},
+		{Name: "lash-hooks", Group: Services, Against: "lash-same", Setup: lashHooks},
+		{Name: "lash-service", Group: Services, Against: "lash-same", Gated: true, Setup: lashService},
 		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},
 	}
 }
@@ -104,7 +110,7 @@ func bareNodes(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
-	return Pair{a.Netns, b.Netns, b.Addr4, b.Addr6}, nil
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.Addr4, Server6: b.Addr6}, nil
 }
 
 // forwardTo makes a node a router for its wired pods.
@@ -133,7 +139,7 @@ func routedSame(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
-	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, forwardTo(n, a, b)
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, forwardTo(n, a, b)
 }
 
 // podsAcross is a pod on each of two nodes that route to each other's pods.
@@ -169,5 +175,5 @@ func routedAcross(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
-	return Pair{a.Netns, b.Netns, b.addr4, b.addr6}, errors.Join(forwardTo(n, a), forwardTo(m, b))
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, errors.Join(forwardTo(n, a), forwardTo(m, b))
 }

@@ -37,6 +37,8 @@ var gates = map[string]map[string]float64{
 	Overlay:    {RR: 1.50, CRR: .58, Stream: .70, StreamX: .54},
 	HostToHost: {RR: 1.05, CRR: 1 / 1.05, Stream: 1 / 1.05},
 	Events:     {CRR: .95},
+	WithinPod:  {RR: .85, Stream: .60},
+	Services:   {RR: 1.03, CRR: 1 / 1.05},
 }
 
 const familyGate = .03

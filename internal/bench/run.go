@@ -81,10 +81,10 @@ func (b *bed) setUp(o Options) (err error) {
 		if w.pair, err = p.Setup(b.topology); err != nil {
 			return fmt.Errorf("path %s: %w", p.Name, err)
 		}
-		if w.client, err = startWorker(w.pair.Client); err != nil {
+		if w.client, err = startWorker(w.pair.Client, w.pair.Group); err != nil {
 			return err
 		}
-		if w.server, err = startWorker(w.pair.Server); err != nil {
+		if w.server, err = startWorker(w.pair.Server, w.pair.Group); err != nil {
 			return err
 		}
 	}
@@ -161,6 +161,11 @@ func (b *bed) cell(w *wired, kind string, family int, warm, duration time.Durati
 		return client, server, err
 	}
 	o.Do, o.Addr = "drive", netip.AddrPortFrom(addr, a.Port)
+	if w.pair.Frontend != nil {
+		if o.Addr, err = w.pair.Frontend(o.Addr); err != nil {
+			return client, server, err
+		}
+	}
 	if kind == StreamX {
 		o.CPU = b.cpus[1]
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 
 	"github.com/vishvananda/netlink"
 )
@@ -31,6 +32,9 @@ type Node struct {
 type Pair struct {
 	Client, Server   *Netns
 	Server4, Server6 netip.Addr
+
+	Group    *os.File                                            // control group of both ends' processes; nil: that of the bench
+	Frontend func(server netip.AddrPort) (netip.AddrPort, error) // where the client asks for the server; nil: there
 }
 
 // NewTopology makes the switch: a bridge in a namespace of its own.

@@ -108,8 +108,8 @@ type worker struct {
 	dec *json.Decoder
 }
 
-// startWorker starts a worker in the namespace. It dies with the calling thread.
-func startWorker(ns *Netns) (*worker, error) {
+// startWorker starts a worker in the namespace, and in the control group if there is one. It dies with the calling thread.
+func startWorker(ns *Netns, group *os.File) (*worker, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -118,6 +118,9 @@ func startWorker(ns *Netns) (*worker, error) {
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=1", "GODEBUG=asyncpreemptoff=1")
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if group != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(group.Fd())
+	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err

@@ -44,7 +44,8 @@ func testStatus() agent.Status {
 			{Name: "node-routes", LastSuccess: ago(14 * time.Second), Message: "no error"},
 			{Name: "local-node", LastError: ago(3 * time.Second), Count: 2, Message: "refused"},
 		},
-		Proxy: disabled, IdentityRange: agent.IdentityRange{Min: 256, Max: 65535}, Hubble: disabled, Encryption: disabled,
+		Sockmap: agent.Sockmap{Pods: 2, Messages: 400, Bytes: 3 << 20, Bulk: 1},
+		Proxy:   disabled, IdentityRange: agent.IdentityRange{Min: 256, Max: 65535}, Hubble: disabled, Encryption: disabled,
 		BPFMaps:       []agent.BPFMap{{Name: "lash_conn", Size: 524288, Entries: -1, Memory: 8 << 20}},
 		ClusterHealth: agent.ClusterHealth{State: "Ok", Reachable: 2, Total: 3, At: now},
 		ManagedPods:   agent.ManagedPods{Managed: 2, Total: 3, Unmanaged: []string{"default/old"}},
@@ -87,7 +88,7 @@ func TestPrintedForms(t *testing.T) {
 		},
 		"services": func(b *bytes.Buffer) {
 			printServices(b, []agent.Service{
-				{ID: 2, Frontend: "10.96.0.10:53/UDP", Type: "ClusterIP", Backends: []model.Backend{{Addr: addr("10.0.1.2"), Port: 53, Proto: 17, State: "active"}, {Addr: addr("10.0.1.3"), Port: 53, Proto: 17, State: "terminating"}}},
+				{ID: 2, Frontend: "10.96.0.10:53/UDP", Type: "ClusterIP", Backends: []agent.Backend{{Addr: addr("10.0.1.2"), Port: 53, Proto: 17, State: "active"}, {Addr: addr("10.0.1.3"), Port: 53, Proto: 17, State: "terminating"}}},
 				{ID: 1, Frontend: "10.96.0.1:443/TCP", Type: "ClusterIP"},
 			})
 		},

@@ -188,6 +188,7 @@ func printStatus(out io.Writer, s *agent.Status, verbose bool) {
 	short("Hubble", s.Hubble)
 	if verbose {
 		table(func(tw io.Writer) { kprDetails(tw, kpr) })
+		line("Sockmap", sockmap(s.Sockmap)...)
 		table(func(tw io.Writer) { bpfMaps(tw, s.BPFMaps) })
 	}
 	if verbose {
@@ -307,6 +308,17 @@ func controllers(w io.Writer, s *agent.Status, verbose bool) {
 	}
 }
 
+func sockmap(m agent.Sockmap) []string {
+	if m.Pods == 0 {
+		reason := m.Reason
+		if reason == "" {
+			reason = "no pod of this node asks for it (annotation lash.io/sockmap)"
+		}
+		return []string{"Disabled", reason}
+	}
+	return []string{"Enabled", fmt.Sprintf("%d pods, %d messages (%.1f MiB) without packets, %d directions too busy for it", m.Pods, m.Messages, float64(m.Bytes)/(1<<20), m.Bulk)}
+}
+
 func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 	row(w, "KubeProxyReplacement Details:")
 	detail := func(label, value string) {
@@ -320,6 +332,7 @@ func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 	detail("Socket LB Coverage", k.SocketLBCoverage)
 	detail("Devices", devices(k.Devices))
 	detail("Mode", k.LBMode)
+	detail("DSR Dispatch Mode", k.DSRDispatch)
 	detail("Backend Selection", k.BackendSelection)
 	detail("Session Affinity", k.SessionAffinity)
 	detail("NAT46/64 Support", k.NAT46)
@@ -331,6 +344,12 @@ func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 			text += " (" + f.Note + ")"
 		}
 		row(w, "  - "+f.Name+":", text)
+	}
+	if len(k.Annotations) > 0 {
+		row(w, "  Annotations:")
+		for _, a := range k.Annotations {
+			row(w, "  - "+a)
+		}
 	}
 }
 

@@ -243,8 +243,68 @@ func printNodes(out io.Writer, nodes []model.Node) {
 }
 
 func (a *app) serviceCommand() *cobra.Command {
+	get := &cobra.Command{
+		Use: "get ID|NAMESPACE/NAME|FRONTEND", Short: "Show everything about one service", Args: cobra.ExactArgs(1),
+		Example: "  lash service get default/kubernetes\n  lash service get 10.96.0.1:443/TCP",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+				var all []agent.Service
+				if err := c.get(ctx, "/v1/services", &all); err != nil {
+					return err
+				}
+				var found []agent.Service
+				for _, s := range all {
+					if slices.Contains([]string{strconv.Itoa(int(s.ID)), s.Namespace + "/" + s.Name, s.Frontend, strings.Split(s.Frontend, "/")[0]}, args[0]) {
+						found = append(found, s)
+					}
+				}
+				if len(found) == 0 {
+					return fmt.Errorf("service %q: there is none with this number, namespace/name or frontend; 'lash service list' shows those there are", args[0])
+				}
+				a.output = "json"
+				_, err := a.printJSON(found)
+				return err
+			})
+		},
+	}
 	return group("service", "Services and their backends", []string{"services", "svc"},
-		listing(a, "list", "List the services", "/v1/services", printServices))
+		listing(a, "list", "List the services", "/v1/services", printServices), get)
+}
+
+// lbCommand lists the maps of services.
+func (a *app) lbCommand() *cobra.Command {
+	const short = "Services and their backends"
+	list := &cobra.Command{Use: "list", Short: short, Args: cobra.NoArgs}
+	a.outputFlag(list)
+	kinds := []string{"backends", "maglev", "affinity"}
+	chosen := map[string]*bool{}
+	for _, k := range kinds {
+		chosen[k] = list.Flags().Bool(k, false, map[string]string{
+			"backends": "backends by slot, and those that keep their connections only", "maglev": "how Maglev tables are shared out",
+			"affinity": "which backend clients have",
+		}[k])
+	}
+	list.MarkFlagsMutuallyExclusive(kinds...)
+	list.RunE = func(cmd *cobra.Command, args []string) error {
+		path := "/v1/bpf/lb"
+		for _, k := range kinds {
+			if *chosen[k] {
+				path += "-" + k
+			}
+		}
+		return a.onAgent(cmd, args, func(ctx context.Context, c *client) error {
+			var t agent.Table
+			if err := c.get(ctx, path, &t); err != nil {
+				return err
+			}
+			if done, err := a.printJSON(t); done || err != nil {
+				return err
+			}
+			printTable(a.Out, t)
+			return nil
+		})
+	}
+	return group("lb", short, nil, list)
 }
 
 func printServices(out io.Writer, services []agent.Service) {
@@ -274,13 +334,13 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
 		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
-		{"lb", "Services and their backends"},
 		{"nat", "Translated connections"},
 		{"socket", "Sockets that asked for a service, and the backend they got"},
 		{"metrics", "Packets forwarded and dropped, by reason"},
 	} {
 		subs = append(subs, group(m.name, m.short, nil, listing(a, "list", m.short, "/v1/bpf/"+m.name, printTable)))
 	}
+	subs = append(subs, a.lbCommand())
 	for _, s := range subs {
 		s.GroupID = ""
 	}

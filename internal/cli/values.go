@@ -24,8 +24,8 @@ var absentValues = map[string]string{
 	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false", "ipMasqAgent": "enabled=false",
 	"endpointRoutes": "enabled=false", "enableIPv4BIGTCP": "false",
 	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
-	"loadBalancer": "", "maglev": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
-	"bpf.tproxy": "false", "bpf.lbExternalClusterIP": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",
+	"loadBalancer.l7": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
+	"bpf.tproxy": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",
 	"operator.prometheus": "enabled=false", "enableK8sNetworkPolicy": "false",
 }
 

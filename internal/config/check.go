@@ -72,6 +72,7 @@ func (c *Config) check() []error {
 	}
 
 	inRange("bpf-lb-map-max", c.BPFLBMapMax, 256, 1<<24)
+	c.checkServices(bad)
 	inRange("bpf-ct-max", c.BPFCTMax, 1024, 1<<24)
 	inRange("cluster-id", c.ClusterID, 0, 255)
 	inRange("agent-health-port", c.AgentHealthPort, 1, 65535)

@@ -13,6 +13,9 @@ var renamed = map[string]string{
 	"native-routing-cidr":         "ipv4-native-routing-cidr",
 	"masquerade":                  "enable-ipv4-masquerade",
 	"device":                      "devices",
+	"node-port-mode":              "bpf-lb-mode",
+	"node-port-algorithm":         "bpf-lb-algorithm",
+	"node-port-acceleration":      "bpf-lb-acceleration",
 	"bpf-ct-global-tcp-max":       "bpf-ct-max",
 	"bpf-lb-service-map-max":      "bpf-lb-map-max",
 	"monitor-aggregation-level":   "monitor-aggregation",
@@ -23,6 +26,7 @@ var renamed = map[string]string{
 // values maps old values, by present key, to present ones.
 var values = map[string]map[string]string{
 	"kube-proxy-replacement": {"strict": "true", "probe": "true", "partial": "true", "disabled": "false"},
+	"bpf-lb-acceleration":    {"none": "disabled"},
 	"ipam":                   {"cluster-pool-v2beta": "cluster-pool", "hostscope-legacy": "kubernetes"},
 	"monitor-aggregation":    {"disabled": "none", "lowest": "low", "max": "maximum"},
 }
@@ -35,7 +39,7 @@ var tunnel = map[string][]setting{
 }
 
 // emptyIsDefault lists keys that the field's charts write without a value.
-var emptyIsDefault = []string{"tunnel-protocol", "tunnel-port", "underlay-protocol"}
+var emptyIsDefault = []string{"bpf-lb-mode", "bpf-lb-algorithm", "bpf-lb-acceleration", "bpf-lb-dsr-dispatch", "bpf-lb-maglev-table-size", "bpf-lb-maglev-hash-seed", "service-no-backend-response", "tunnel-protocol", "tunnel-port", "underlay-protocol"}
 
 // absent lists keys of features this version does not have, with the values that leave the feature off. They are
 // accepted then, so that an existing ConfigMap can be used; any other value is refused.
@@ -69,9 +73,6 @@ var absent = map[string][]string{
 	"custom-cni-conf":                {"false"},
 	"bpf-lb-sock":                    {"true"},
 	"bpf-lb-sock-hostns-only":        {"false"},
-	"bpf-lb-mode":                    {"snat"},
-	"bpf-lb-algorithm":               {"random"},
-	"bpf-lb-acceleration":            {"disabled"},
 	"bpf-distributed-lru":            {"false"},
 	"prometheus-serve-addr":          {""},
 	"operator-prometheus-serve-addr": {""},
@@ -94,7 +95,13 @@ var meaningless = map[string]string{
 	"install-iptables-rules":              "no iptables rules are installed",
 	"sidecar-istio-proxy-image":           "there is no proxy",
 	"enable-auto-protect-node-port-range": "masquerading always keeps out of node-port-range",
-	"node-port-bind-protection":           "masquerading always keeps out of node-port-range",
+	"bpf-lb-mode-annotation":              "services' annotations are always followed",
+	"bpf-lb-algorithm-annotation":         "services' annotations are always followed",
+	"bpf-lb-service-backend-map-max":      "backends have four times the rows of bpf-lb-map-max",
+	"bpf-lb-affinity-map-max":             "it has the rows of bpf-lb-map-max",
+	"bpf-lb-source-range-map-max":         "it has the rows of bpf-lb-map-max",
+	"bpf-lb-maglev-map-max":               "it has the rows of bpf-lb-map-max",
+	"bpf-lb-rev-nat-map-max":              "translations back are kept in the connection's own record",
 	"identity-gc-rate-interval":           "the operator deletes as fast as the API server lets it",
 	"identity-gc-rate-limit":              "the operator deletes as fast as the API server lets it",
 	"set-cilium-node-taints":              "the node keeps the taint it was created with until the agent is ready",

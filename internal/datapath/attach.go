@@ -203,12 +203,16 @@ var sockAttach = map[string]ebpf.AttachType{
 	"sendmsg4": ebpf.AttachCGroupUDP4Sendmsg, "sendmsg6": ebpf.AttachCGroupUDP6Sendmsg,
 	"recvmsg4": ebpf.AttachCGroupUDP4Recvmsg, "recvmsg6": ebpf.AttachCGroupUDP6Recvmsg,
 	"getpeername4": ebpf.AttachCgroupInet4GetPeername, "getpeername6": ebpf.AttachCgroupInet6GetPeername,
+	"bind4": ebpf.AttachCGroupInet4Bind, "bind6": ebpf.AttachCGroupInet6Bind,
+	"sock_release": ebpf.AttachCgroupInetSockRelease,
 }
 
 // AttachCgroup attaches the sock programs to a cgroup2 directory: every process below it
 // has services translated at its sockets.
-func (d *Datapath) AttachCgroup(path string) error {
-	for name, attach := range sockAttach {
+func (d *Datapath) AttachCgroup(path string) error { return d.attachCgroup(path, sockAttach) }
+
+func (d *Datapath) attachCgroup(path string, programs map[string]ebpf.AttachType) error {
+	for name, attach := range programs {
 		pin := filepath.Join(d.linkDir(), "cgroup-"+name)
 		if l, err := link.LoadPinnedLink(pin, nil); err == nil {
 			err := l.Update(d.programs[name])
@@ -234,9 +238,11 @@ func (d *Datapath) AttachCgroup(path string) error {
 }
 
 // DetachCgroup removes the sock programs, for kube-proxy-replacement switched off.
-func (d *Datapath) DetachCgroup() error {
+func (d *Datapath) DetachCgroup() error { return d.detachCgroup(sockAttach) }
+
+func (d *Datapath) detachCgroup(programs map[string]ebpf.AttachType) error {
 	var errs []error
-	for name := range sockAttach {
+	for name := range programs {
 		if err := os.Remove(filepath.Join(d.linkDir(), "cgroup-"+name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -33,6 +33,9 @@ type Config struct {
 
 	OverlayIfindex int    // the tunnel device; 0: there is none
 	TunnelPort     uint16 // its UDP port
+	TunnelMTU      int    // bytes that a packet in it may have
+
+	DSR bool // nodes pass connections from outside on with an option, and backends' nodes answer themselves
 
 	HostRouting bool // BPF host routing; false: legacy
 	Masquerade4 bool
@@ -42,6 +45,14 @@ type Config struct {
 
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
+
+	NoServices       bool         // kube-proxy serves packets that ask for services
+	NodeAddrs        []netip.Addr // of the node on the direct device, at most one a family
+	OutsideClusterIP bool         // packets from outside reach ClusterIPs
+	DropNoBackend    bool         // connections to services without backends are dropped, not refused
+	NoBindProtection bool         // sockets of the node may bind NodePorts
+	MaglevSize       uint32       // entries of a Maglev table, a prime; 0: 16381
+	MaglevSeed       []byte       // the same on all nodes
 
 	NoTCX bool // attach by clsact even where tcx exists
 }
@@ -62,16 +73,20 @@ type Datapath struct {
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
 
+	local error // why sockets of a pod cannot do without packets; nil: they can
+
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
+	services *ServicePorts
 
 	dryMu  sync.Mutex // one packet is tried at a time
 	dry    *dryPrograms
 	epochs epochs
 }
 
-// Open creates or reuses the pinned maps and loads all programs. Nothing is attached:
+// Open creates or reuses the pinned maps and loads all programs. The caller's network
+// namespace is the node's. Nothing is attached:
 // what an earlier agent attached goes on forwarding until Attach replaces it.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.SNATMin == 0 {
@@ -102,7 +117,10 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 		return nil, err
 	}
 	for object := range bpf.Programs {
-		if err := d.load(object, constants); err != nil {
+		err := d.load(object, constants)
+		if object == localObject {
+			d.local = err // a kernel may lack what it needs; everything else works without
+		} else if err != nil {
 			d.Close()
 			return nil, err
 		}
@@ -140,11 +158,17 @@ func (d *Datapath) Map(name string) *ebpf.Map { return d.maps[name] }
 // Features are what this kernel was found to have.
 func (d *Datapath) Features() Features { return d.features }
 
+func (c Config) maglevSize() uint32 { return orDefault(c.MaglevSize, 16381) }
+
 func (d *Datapath) mapDir() string  { return filepath.Join(d.cfg.Root, "maps") }
 func (d *Datapath) linkDir() string { return filepath.Join(d.cfg.Root, "links") }
 
 func (d *Datapath) constants() (*bpf.Constants, error) {
 	hz, err := ticksPerSecond()
+	if err != nil {
+		return nil, err
+	}
+	netns, err := NetnsCookie()
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +189,22 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
 		HaveSetRetval:  d.features.SetRetval,
+		DSR:            d.cfg.DSR,
+		TunnelMTU:      uint32(d.cfg.TunnelMTU),
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
+
+		Services:           !d.cfg.NoServices,
+		LBOutsideClusterIP: d.cfg.OutsideClusterIP,
+		LBRefuse:           !d.cfg.DropNoBackend,
+		MaglevSize:         d.cfg.maglevSize(),
+		HostNetns:          netns,
+	}
+	for _, a := range d.cfg.NodeAddrs {
+		if a.Is4() {
+			c.Node4 = bpf.AddrFrom(a)
+		} else {
+			c.Node6 = bpf.AddrFrom(a)
+		}
 	}
 	for i, b := range d.cfg.HostMAC {
 		c.HostMAC |= uint64(b) << (8 * i)
@@ -199,6 +238,20 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		c.Pod6Net, c.Pod6Mask = bpf.PrefixFrom(v6[0])
 	}
 	return c, nil
+}
+
+// NetnsCookie is the kernel's number of the calling thread's network namespace.
+func NetnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("cookie of the network namespace: %w", err)
+	}
+	return cookie, nil
 }
 
 // ticksPerSecond is CONFIG_HZ: the coarse clock advances once a tick.
@@ -268,8 +321,10 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		spec.MaxEntries = orDefault(d.cfg.ConnMax/2, spec.MaxEntries)
 	case "lash_services":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
-	case "lash_backends":
+	case "lash_backends", "lash_members":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
+	case "lash_affinity", "lash_source_ranges", "lash_maglev":
+		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
 	case "lash_events":
 		spec.MaxEntries = eventsSize(runtime.NumCPU())
 	}

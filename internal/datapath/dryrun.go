@@ -22,9 +22,11 @@ import (
 // run's own copy switches events on.
 var programsWrite = map[string]bool{
 	"lash_backends": false, "lash_devices": false, "lash_endpoints": false, "lash_ifaces": false, "lash_ipcache": false, "lash_services": false,
+	"lash_maglev": false, "lash_members": false, "lash_ports": false, "lash_source_ranges": false,
 
 	"lash_conn": true, "lash_counts": true, "lash_drops": true, "lash_events": true, "lash_events_lost": true, "lash_frags": true,
 	"lash_nat": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
+	"lash_affinity": true, "lash_sock_pin": true, "lash_local_netns": false, "lash_local_pairs": true, "lash_local_socks": true,
 }
 
 // hookOf is by which rows of lash_counts a program counts.

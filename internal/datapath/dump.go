@@ -15,7 +15,8 @@ import (
 )
 
 // Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache",
-// "tunnel", "lb", "nat", "socket", "metrics" or "net". Rows are sorted.
+// "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "nat", "socket", "metrics" or
+// "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -69,39 +70,12 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 				add(netip.AddrPortFrom(p.Addr(), 0), netip.AddrPortFrom(v.Node.Addr(), 0))
 			}
 		})
-	case "lb":
-		columns = []string{"SERVICE ADDRESS", "BACKEND ADDRESS (SERVICE_ID) (SLOT)"}
-		slots := map[bpf.BackendKey]bpf.Backend{}
-		if err = list(d.maps["lash_backends"], "lash_backends", func(k bpf.BackendKey, v bpf.Backend) { slots[k] = v }); err != nil {
-			return nil, nil, err
-		}
-		err = list(d.maps["lash_services"], "lash_services", func(k bpf.ServiceKey, v bpf.Service) {
-			front := fmt.Sprintf("%s/%s", netip.AddrPortFrom(k.Addr.Addr(), k.Port.Host()), model.ProtoName(k.Proto))
-			add(front+" (0)", fmt.Sprintf("%d backends (%d) (0) [ClusterIP, non-routable]", v.Count, v.ID))
-			for slot := uint32(1); slot <= v.Count; slot++ {
-				key := bpf.BackendKey{Service: v.ID, Slot: slot}
-				b := slots[key]
-				delete(slots, key)
-				add(fmt.Sprintf("%s (%d)", front, slot), fmt.Sprintf("%s/%s (%d) (%d)", netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()), model.ProtoName(b.Proto), v.ID, slot))
-			}
-		})
-		for k, b := range slots {
-			add(fmt.Sprintf("(no service) (%d)", k.Slot), fmt.Sprintf("%s/%s (%d) (%d)", netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()), model.ProtoName(b.Proto), k.Service, k.Slot))
-		}
+	case "lb", "lb-backends", "lb-maglev", "lb-affinity":
+		return d.dumpServices(kind)
 	case "ct":
 		return d.dumpConnections()
 	case "nat":
-		columns = []string{"PROTO", "TRANSLATED", "REMOTE", "POD"}
-		err = list(d.maps["lash_nat"], "lash_nat", func(t, owner bpf.ConnKey) {
-			var c bpf.Conn
-			if d.maps["lash_conn"].Lookup(&owner, &c) != nil {
-				lo, hi := sides(t, c)
-				add(protoName(t.Proto), lo, hi, "(no connection)")
-				return
-			}
-			pod, remote := sides(owner, c)
-			add(protoName(t.Proto), netip.AddrPortFrom(c.NATAddr.Addr(), c.NATPort.Host()), remote, pod)
-		})
+		return d.dumpTranslations()
 	case "socket":
 		columns = []string{"COOKIE", "BACKEND", "SERVICE ADDRESS", "SERVICE_ID"}
 		err = list(d.maps["lash_sock_rev"], "lash_sock_rev", func(k bpf.SockRevKey, v bpf.SockRev) {
@@ -110,7 +84,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, metrics, nat, net, socket, tunnel", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, lb-backends, lb-maglev, lb-affinity, metrics, nat, net, socket, tunnel", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err
@@ -190,6 +164,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 
 var hookNames = [bpf.Hooks]string{
 	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
+	bpf.HookLocal: "sockmap",
 }
 
 var slowNames = [bpf.CountRows]string{
@@ -199,7 +174,8 @@ var slowNames = [bpf.CountRows]string{
 	bpf.SlowFragment: "Slow path: fragment", bpf.SlowICMPError: "Slow path: ICMP error", bpf.SlowExtension: "Slow path: options or extension headers",
 	bpf.SlowTTL: "To the stack: TTL exceeded", bpf.SlowMTU: "To the stack: fragmentation needed", bpf.SlowUnrouted: "To the stack: no route of Lash's",
 	bpf.SlowNeighbour: "Slow path: neighbour unknown", bpf.SlowMasquerade: "Slow path: masquerading",
-	bpf.SlowReport: "Fast path, with an event",
+	bpf.SlowReport: "Fast path, with an event", bpf.SlowRefused: "Service without backend or port: refused", bpf.SlowEcho: "Ping of a service's address: answered",
+	bpf.SlowBulk: "Sockmap: too much at once, by packets from here",
 }
 
 func sum(perCPU []bpf.Count) (total bpf.Count) {

@@ -21,12 +21,6 @@ func (d *Datapath) Endpoints() reconcile.Target[netip.Addr, model.LocalAddr] { r
 // IPCache is lash_ipcache. Sources are not kept in the kernel: compare with SameIPCache.
 func (d *Datapath) IPCache() reconcile.Target[netip.Prefix, model.IPCacheEntry] { return ipcache{d} }
 
-// Services is lash_services with lash_backends. The kernel keeps numbers and backends,
-// not names: compare with SameService.
-func (d *Datapath) Services() reconcile.Target[model.Frontend, model.FrontendEntry] {
-	return services{d}
-}
-
 // Devices is lash_devices. Compare with SameDevice.
 func (d *Datapath) Devices() reconcile.Target[int, model.Device] { return devices{d} }
 
@@ -34,23 +28,6 @@ func (d *Datapath) Devices() reconcile.Target[int, model.Device] { return device
 func SameIPCache(a, b model.IPCacheEntry) bool {
 	a.Source, b.Source = "", ""
 	return a == b
-}
-
-// SameService compares what the datapath has of two rows.
-func SameService(a, b model.FrontendEntry) bool {
-	if a.ID != b.ID {
-		return false
-	}
-	x, y := active(a.Backends), active(b.Backends)
-	if len(x) != len(y) {
-		return false
-	}
-	for i := range x {
-		if x[i].Addr != y[i].Addr || x[i].Port != y[i].Port || x[i].Proto != y[i].Proto {
-			return false
-		}
-	}
-	return true
 }
 
 // SameDevice compares what the datapath has of two rows.
@@ -85,7 +62,7 @@ func (t endpoints) List(context.Context) (map[netip.Addr]model.LocalAddr, error)
 	err := list(t.d.maps["lash_endpoints"], "lash_endpoints", func(k bpf.Addr, v bpf.Endpoint) {
 		rows[k.Addr()] = model.LocalAddr{
 			EndpointID: v.ID, Ifindex: int(v.Ifindex), Identity: model.Identity(v.Identity),
-			MAC: v.MAC.B, NodeMAC: v.NodeMAC.B, Host: v.Flags&bpf.EndpointHost != 0,
+			MAC: v.MAC.B, NodeMAC: v.NodeMAC.B, Host: v.Flags&bpf.EndpointHost != 0, NodePort: v.Flags&bpf.EndpointNodePort != 0,
 		}
 	})
 	return rows, err
@@ -96,6 +73,9 @@ func (t endpoints) Put(_ context.Context, a netip.Addr, v model.LocalAddr) error
 	row := bpf.Endpoint{
 		Ifindex: uint32(v.Ifindex), Identity: uint32(v.Identity), ID: v.EndpointID,
 		MAC: bpf.MAC{B: v.MAC}, NodeMAC: bpf.MAC{B: v.NodeMAC},
+	}
+	if v.NodePort {
+		row.Flags |= bpf.EndpointNodePort
 	}
 	if v.Host {
 		row.Flags |= bpf.EndpointHost
@@ -223,98 +203,6 @@ func (t ipcache) lookup(p netip.Prefix) (*bpf.IPCacheEntry, error) {
 		return nil, fmt.Errorf("ipcache %s: %w", p, err)
 	}
 	return &row, nil
-}
-
-type services struct{ d *Datapath }
-
-func serviceKey(f model.Frontend) bpf.ServiceKey {
-	return bpf.ServiceKey{Addr: bpf.AddrFrom(f.Addr), Port: bpf.ToBE16(f.Port), Proto: f.Proto, Scope: f.Scope}
-}
-
-// active are the backends that new connections may go to.
-func active(all []model.Backend) []model.Backend {
-	out := make([]model.Backend, 0, len(all))
-	for _, b := range all {
-		if b.State == model.BackendActive {
-			out = append(out, b)
-		}
-	}
-	if len(out) == 0 {
-		// Only terminating ones are left: better than refusing.
-		return append(out, all...)
-	}
-	return out
-}
-
-func (t services) List(context.Context) (map[model.Frontend]model.FrontendEntry, error) {
-	slots := map[bpf.BackendKey]bpf.Backend{}
-	if err := list(t.d.maps["lash_backends"], "lash_backends", func(k bpf.BackendKey, v bpf.Backend) { slots[k] = v }); err != nil {
-		return nil, err
-	}
-	rows := map[model.Frontend]model.FrontendEntry{}
-	err := list(t.d.maps["lash_services"], "lash_services", func(k bpf.ServiceKey, v bpf.Service) {
-		f := model.Frontend{Addr: k.Addr.Addr(), L4: model.L4{Proto: k.Proto, Port: k.Port.Host()}, Scope: k.Scope}
-		e := model.FrontendEntry{ID: v.ID, Type: model.TypeClusterIP}
-		for slot := uint32(1); slot <= v.Count; slot++ {
-			b, ok := slots[bpf.BackendKey{Service: v.ID, Slot: slot}]
-			if !ok { // half written: no row of the table equals it, so it is written again
-				e.ID = 0
-				break
-			}
-			e.Backends = append(e.Backends, model.Backend{Addr: b.Addr.Addr(), Port: b.Port.Host(), Proto: b.Proto, State: model.BackendActive})
-		}
-		rows[f] = e
-	})
-	return rows, err
-}
-
-// Put writes the slots, then the count that uses them, then removes slots beyond it:
-// a lookup in between finds a backend of the old or of the new set.
-func (t services) Put(_ context.Context, f model.Frontend, e model.FrontendEntry) error {
-	var old bpf.Service
-	key := serviceKey(f)
-	if err := t.d.maps["lash_services"].Lookup(key, &old); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("service %s: %w", f, err)
-	}
-	backends := active(e.Backends)
-	for i, b := range backends {
-		row := bpf.Backend{Addr: bpf.AddrFrom(b.Addr), Port: bpf.ToBE16(b.Port), Proto: b.Proto}
-		if err := t.d.maps["lash_backends"].Put(bpf.BackendKey{Service: e.ID, Slot: uint32(i) + 1}, &row); err != nil {
-			return fmt.Errorf("service %s, backend %s: %w", f, b, err)
-		}
-	}
-	if err := t.d.maps["lash_services"].Put(key, &bpf.Service{ID: e.ID, Count: uint32(len(backends))}); err != nil {
-		return fmt.Errorf("service %s: %w", f, err)
-	}
-	from := uint32(len(backends)) + 1
-	if old.ID != e.ID {
-		from = 1
-	}
-	return t.clear(f, old, from)
-}
-
-func (t services) clear(f model.Frontend, svc bpf.Service, from uint32) error {
-	for slot := from; slot <= svc.Count; slot++ {
-		if err := remove(t.d.maps["lash_backends"], bpf.BackendKey{Service: svc.ID, Slot: slot}); err != nil {
-			return fmt.Errorf("service %s, slot %d: %w", f, slot, err)
-		}
-	}
-	return nil
-}
-
-func (t services) Delete(_ context.Context, f model.Frontend) error {
-	var old bpf.Service
-	key := serviceKey(f)
-	if err := t.d.maps["lash_services"].Lookup(key, &old); err != nil {
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil
-		}
-		return fmt.Errorf("service %s: %w", f, err)
-	}
-	if err := remove(t.d.maps["lash_services"], key); err != nil {
-		return fmt.Errorf("service %s: %w", f, err)
-	}
-	return t.clear(f, old, 1)
 }
 
 type devices struct{ d *Datapath }

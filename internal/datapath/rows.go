@@ -68,13 +68,23 @@ func (d *Datapath) ConnRow(k bpf.ConnKey) (*bpf.Conn, error) {
 	return &c, nil
 }
 
-// ServiceRows are what a socket finds of a frontend: its number and its backends. False: it is none.
-func (d *Datapath) ServiceRows(f model.Frontend) (id uint32, backends []netip.AddrPort, found bool, err error) {
+// ServiceRows are what a socket finds of a frontend: the number of its service port and the backends that it chooses from.
+// A port of a node's address may be a NodePort. False: it is none.
+func (d *Datapath) ServiceRows(f model.FrontendKey) (id uint32, backends []netip.AddrPort, found bool, err error) {
 	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
-	if svc == nil {
+	if svc == nil && err == nil {
+		if svc, err = d.nodePort(f); svc == nil {
+			return 0, nil, false, err
+		}
+	}
+	if err != nil || svc.Flags&bpf.FrontendAddress != 0 {
 		return 0, nil, false, err
 	}
-	for slot := uint32(1); slot <= svc.Count; slot++ {
+	first, count := svc.First, svc.Count
+	if svc.Flags&bpf.FrontendLocalIn != 0 {
+		first, count = 1, svc.Local
+	}
+	for slot := first; slot < first+count; slot++ {
 		b, err := row[bpf.Backend](d.maps["lash_backends"], bpf.BackendKey{Service: svc.ID, Slot: slot})
 		if err != nil {
 			return 0, nil, false, err
@@ -84,6 +94,34 @@ func (d *Datapath) ServiceRows(f model.Frontend) (id uint32, backends []netip.Ad
 		}
 	}
 	return svc.ID, backends, true, nil
+}
+
+// nodePort is the row of a port that is served on every node's address, if f's is one. What only another node's own
+// backends serve is left to that node.
+func (d *Datapath) nodePort(f model.FrontendKey) (*bpf.Service, error) {
+	ep, err := row[bpf.Endpoint](d.maps["lash_endpoints"], bpf.AddrFrom(f.Addr))
+	if err != nil {
+		return nil, err
+	}
+	remote := false
+	if ep == nil {
+		_, e, err := d.IPCacheRow(f.Addr)
+		if err != nil || e == nil || e.Identity != bpf.IdentityRemoteNode && e.Identity != bpf.IdentityAPIServer {
+			return nil, err
+		}
+		remote = true
+	} else if ep.Flags&bpf.EndpointNodePort == 0 {
+		return nil, nil
+	}
+	every := netip.IPv4Unspecified()
+	if f.Addr.Is6() {
+		every = netip.IPv6Unspecified()
+	}
+	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(model.FrontendKey{Addr: every, L4: f.L4}))
+	if svc != nil && remote && svc.Flags&bpf.FrontendLocalOut != 0 {
+		return nil, nil
+	}
+	return svc, err
 }
 
 func row[V any](m *ebpf.Map, key any) (*V, error) {

@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -66,7 +67,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		switch {
 		case int32(now-c.Expires) > 0:
 			s.Expired++
-		case gone.has(k.Lo) || gone.has(k.Hi):
+		case gone.of(k, c):
 			s.Orphaned++
 		default:
 			return
@@ -80,7 +81,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		if conns.Lookup(&k, &c) != nil {
 			continue
 		}
-		if int32(now-c.Expires) <= 0 && !gone.has(k.Lo) && !gone.has(k.Hi) {
+		if int32(now-c.Expires) <= 0 && !gone.of(k, c) {
 			continue // a new connection of the same tuple
 		}
 		if err = remove(conns, &k); err != nil {
@@ -93,7 +94,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	var stale []bpf.ConnKey
 	if err = cutShort(list(nat, "lash_nat", func(translated, owner bpf.ConnKey) {
 		var c bpf.Conn
-		if err := conns.Lookup(&owner, &c); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && !leadsTo(translated, c) {
+		if err := conns.Lookup(&owner, &c); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && translatedKey(owner, c) != unordered(translated) {
 			stale = append(stale, translated)
 		}
 	})); err != nil {
@@ -122,13 +123,43 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	return s, nil
 }
 
-// leadsTo: the record still carries the translated address and port.
-func leadsTo(translated bpf.ConnKey, c bpf.Conn) bool {
-	if c.Flags&bpf.ConnNAT == 0 {
-		return false
+// end is one side of a connection.
+type end struct {
+	addr bpf.Addr
+	port bpf.BE16
+}
+
+// ends are the initiator's side of a record and the responder's, as its key has them.
+func ends(k bpf.ConnKey, c bpf.Conn) (initiator, responder end) {
+	lo, hi := end{k.Lo, k.LoPort}, end{k.Hi, k.HiPort}
+	if c.Flags&bpf.ConnInitiatorHi != 0 {
+		return hi, lo
 	}
-	return translated.Lo == c.NATAddr && translated.LoPort == c.NATPort ||
-		translated.Hi == c.NATAddr && translated.HiPort == c.NATPort
+	return lo, hi
+}
+
+// tuple is a connection's two sides in either order, the smaller one first.
+type tuple [2]end
+
+func order(a, b end) tuple {
+	if c := bytes.Compare(a.addr[:], b.addr[:]); c > 0 || c == 0 && a.port > b.port {
+		a, b = b, a
+	}
+	return tuple{a, b}
+}
+
+func unordered(k bpf.ConnKey) tuple { return order(end{k.Lo, k.LoPort}, end{k.Hi, k.HiPort}) }
+
+// translatedKey is the tuple a record's connection has beyond its translation.
+func translatedKey(k bpf.ConnKey, c bpf.Conn) tuple {
+	initiator, responder := ends(k, c)
+	if c.Flags&bpf.ConnNAT != 0 {
+		initiator = end{c.NATAddr, c.NATPort}
+	}
+	if c.Flags&bpf.ConnDNAT != 0 {
+		responder = end{c.ToAddr, c.ToPort}
+	}
+	return order(initiator, responder)
 }
 
 // takeDeparted returns the prefixes that left the ipcache since the last Sweep.
@@ -156,6 +187,15 @@ type orphans struct {
 	known    map[bpf.Addr]bool
 	departed map[netip.Prefix]bool
 	ranges   []netip.Prefix // those of departed that are no single address
+}
+
+// of tells whether a side of the connection is gone. Of a service's connection that is the backend's, not the frontend's.
+func (o orphans) of(k bpf.ConnKey, c bpf.Conn) bool {
+	initiator, responder := ends(k, c)
+	if c.Flags&bpf.ConnDNAT != 0 {
+		responder.addr = c.ToAddr
+	}
+	return o.has(initiator.addr) || o.has(responder.addr)
 }
 
 func (o orphans) has(a bpf.Addr) bool {

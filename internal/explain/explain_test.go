@@ -40,13 +40,13 @@ func testTables(t *testing.T) *state.Tables {
 		state.CiliumEndpoint{Namespace: "d", Name: "far", Node: addr("172.18.0.12"), IPv4: addr("10.0.2.5")},
 		state.CiliumEndpoint{Namespace: "d", Name: "lost", Node: addr("172.18.0.99"), IPv4: addr("10.0.9.5")})
 	state.Insert(tables.DB, tables.Pods, state.Pod{Namespace: "d", Name: "hostpod", HostNetwork: true}, state.Pod{Namespace: "d", Name: "early", Phase: "Pending"})
-	port := func(name string, proto uint8, port uint16) state.ServicePort {
-		return state.ServicePort{Name: name, L4: model.L4{Proto: proto, Port: port}}
+	port := func(name string, proto uint8, port uint16) state.ServicePortSpec {
+		return state.ServicePortSpec{Name: name, L4: model.L4{Proto: proto, Port: port}}
 	}
 	state.Insert(tables.DB, tables.Services,
-		state.Service{Namespace: "d", Name: "web", ClusterIPs: []netip.Addr{addr("10.96.0.5")}, Ports: []state.ServicePort{port("http", model.ProtoTCP, 80)}},
-		state.Service{Namespace: "d", Name: "dns", ClusterIPs: []netip.Addr{addr("10.96.0.10")}, Ports: []state.ServicePort{port("u", model.ProtoUDP, 53), port("t", model.ProtoTCP, 53)}},
-		state.Service{Namespace: "d", Name: "headless", Ports: []state.ServicePort{port("p", model.ProtoTCP, 1)}},
+		state.Service{Namespace: "d", Name: "web", ClusterIPs: []netip.Addr{addr("10.96.0.5")}, Ports: []state.ServicePortSpec{port("http", model.ProtoTCP, 80)}},
+		state.Service{Namespace: "d", Name: "dns", ClusterIPs: []netip.Addr{addr("10.96.0.10")}, Ports: []state.ServicePortSpec{port("u", model.ProtoUDP, 53), port("t", model.ProtoTCP, 53)}},
+		state.Service{Namespace: "d", Name: "headless", Ports: []state.ServicePortSpec{port("p", model.ProtoTCP, 1)}},
 		state.Service{Namespace: "d", Name: "empty"})
 	state.Insert(tables.DB, tables.Slices, state.EndpointSlice{Namespace: "d", Name: "headless-1", Service: "headless", Endpoints: []state.SliceEndpoint{{Addr: addr("10.0.2.5")}, {Addr: addr("10.0.1.5")}}})
 	return tables

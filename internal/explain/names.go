@@ -141,9 +141,9 @@ type party struct {
 	what  string // as an error says it
 	node  string // of a pod and of a host
 	addrs []netip.Addr
-	ports []state.ServicePort // of a service
-	given bool                // by its address
-	ends  []party             // of a service without an address, or as a source: its endpoints
+	ports []state.ServicePortSpec // of a service
+	given bool                    // by its address
+	ends  []party                 // of a service without an address, or as a source: its endpoints
 }
 
 // resolve finds what a person means.

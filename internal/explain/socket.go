@@ -16,7 +16,7 @@ func (w *walk) translate(p *agent.ExplainPacket, backend int, sockets bool) (don
 	if p.Proto != tcp && p.Proto != udp {
 		return false, nil
 	}
-	front := model.Frontend{Addr: p.Dst, L4: model.L4{Proto: number(p.Proto, p.Dst.Is6()), Port: p.Port}}
+	front := model.FrontendKey{Addr: p.Dst, L4: model.L4{Proto: number(p.Proto, p.Dst.Is6()), Port: p.Port}}
 	id, backends, found, err := w.dp.ServiceRows(front)
 	if err != nil || !found {
 		return false, err

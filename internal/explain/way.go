@@ -118,7 +118,7 @@ const mostSize = 3400
 func complete(req *agent.ExplainRequest, dst party) error {
 	req.Proto = strings.ToLower(req.Proto)
 	if req.Port == 0 && req.Proto != icmp && len(dst.ports) > 0 {
-		var fits []state.ServicePort
+		var fits []state.ServicePortSpec
 		var all []string
 		for _, p := range dst.ports {
 			all = append(all, fmt.Sprintf("%d/%s", p.Port, strings.ToLower(model.ProtoName(p.Proto))))

@@ -58,7 +58,7 @@ func (p publisher) row(txn statedb.ReadTxn, key string) (row state.PublishedEndp
 	if !known || !there || pod.UID != who.UID || !p.self.IsValid() {
 		return row, false
 	}
-	row = state.PublishedEndpoint{Labels: who.Labels, Ports: pod.Ports, CiliumEndpoint: state.CiliumEndpoint{
+	row = state.PublishedEndpoint{Labels: who.Labels, Ports: named(pod.Ports), CiliumEndpoint: state.CiliumEndpoint{
 		Namespace: who.Namespace, Name: who.Name, PodUID: who.UID, Node: p.self, Identity: who.Identity,
 	}}
 	if ep, ok := endpointOf(t, txn, who); ok {
@@ -113,6 +113,16 @@ func Outdated(t *state.Tables, txn statedb.ReadTxn) []model.Endpoint {
 		if ep.Identity != who.Identity || model.LabelsOf(ep.Labels) != who.Labels {
 			ep.Identity, ep.Labels = who.Identity, who.Labels.Map()
 			out = append(out, ep)
+		}
+	}
+	return out
+}
+
+// named are the ports that a policy can name, without what only this node needs of them.
+func named(all []state.PodPort) (out []state.PodPort) {
+	for _, p := range all {
+		if p.Name != "" {
+			out = append(out, state.PodPort{Name: p.Name, L4: p.L4})
 		}
 	}
 	return out

@@ -5,7 +5,10 @@ package k8s
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
+	"unique"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -67,6 +70,7 @@ func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 			row.PodCIDRs = append(row.PodCIDRs, c)
 		}
 	}
+	row.Zone = n.Labels[corev1.LabelTopologyZone]
 	for _, t := range n.Spec.Taints {
 		row.Taints = append(row.Taints, t.Key)
 	}
@@ -114,14 +118,28 @@ func convertCiliumNode(n *v2.CiliumNode) (state.NodeObject, problems) {
 	return row, p
 }
 
+// sockmapAnnotation asks that connections between the containers of a pod exchange small messages by a BPF sockmap, without
+// packets.
+const sockmapAnnotation = "lash.io/sockmap"
+
 func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 	var p problems
 	row := state.Pod{
 		Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID),
 		HostNetwork: pod.Spec.HostNetwork, Phase: string(pod.Status.Phase), Labels: pod.Labels,
-		ServiceAccount: pod.Spec.ServiceAccountName, Terminating: pod.DeletionTimestamp != nil,
+		ServiceAccount: pod.Spec.ServiceAccountName, Terminating: pod.DeletionTimestamp != nil, Created: pod.CreationTimestamp.Unix(),
 	}
 	_, row.Mirror = pod.Annotations[corev1.MirrorPodAnnotationKey]
+	if text, ok := pod.Annotations[sockmapAnnotation]; ok {
+		asked, err := strconv.ParseBool(text)
+		if err != nil {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "%q is neither true nor false", text)
+		}
+		row.Sockmap = asked && !row.HostNetwork
+		if asked && row.HostNetwork {
+			p.add("metadata.annotations["+sockmapAnnotation+"]", "has no effect on a pod in the node's network namespace")
+		}
+	}
 	for _, ref := range pod.OwnerReferences {
 		row.Controlled = row.Controlled || ref.Controller != nil && *ref.Controller && ref.Kind != "Node"
 	}
@@ -130,60 +148,59 @@ func convertPod(pod *corev1.Pod) (state.Pod, problems) {
 			row.IPs = append(row.IPs, a)
 		}
 	}
-	for _, c := range pod.Spec.Containers {
-		for _, port := range c.Ports {
-			if proto, ok := protocol(port.Protocol); ok && port.Name != "" {
-				row.Ports = append(row.Ports, state.PodPort{Name: port.Name, L4: model.L4{Proto: proto, Port: uint16(port.ContainerPort)}})
+	containers := func(field string, list []corev1.Container) {
+		for i, c := range list {
+			for j, port := range c.Ports {
+				p.podPort(fmt.Sprintf("spec.%s[%d].ports[%d]", field, i, j), port, pod.Spec.HostNetwork, &row.Ports)
 			}
 		}
 	}
+	containers("initContainers", sidecars(pod.Spec.InitContainers))
+	containers("containers", pod.Spec.Containers)
 	for _, cs := range pod.Status.ContainerStatuses {
 		row.Running = row.Running || cs.State.Running != nil
 	}
 	return row, p
 }
 
-func convertService(svc *corev1.Service) (state.Service, problems) {
-	var p problems
-	row := state.Service{
-		Namespace: svc.Namespace, Name: svc.Name, Type: string(svc.Spec.Type),
-		PublishNotReady: svc.Spec.PublishNotReadyAddresses,
-		InternalLocal:   svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
-	}
-	if row.Type == "" {
-		row.Type = string(corev1.ServiceTypeClusterIP)
-	}
-	if svc.Spec.SessionAffinity == corev1.ServiceAffinityClientIP {
-		row.SessionAffinitySec = int(corev1.DefaultClientIPServiceAffinitySeconds)
-		if c := svc.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil && c.ClientIP.TimeoutSeconds != nil {
-			row.SessionAffinitySec = int(*c.ClientIP.TimeoutSeconds)
+// sidecars are the init containers that go on running; the others are emptied, so that they keep their index.
+func sidecars(list []corev1.Container) []corev1.Container {
+	list = slices.Clone(list)
+	for i, c := range list {
+		if c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways {
+			list[i] = corev1.Container{}
 		}
 	}
-	ips := svc.Spec.ClusterIPs
-	if len(ips) == 0 && svc.Spec.ClusterIP != "" {
-		ips = []string{svc.Spec.ClusterIP}
+	return list
+}
+
+// podPort adds a port that has a name or, in a pod with a network of its own, a HostPort.
+func (p *problems) podPort(field string, port corev1.ContainerPort, hostNetwork bool, out *[]state.PodPort) {
+	proto, ok := protocol(port.Protocol)
+	if !ok {
+		p.add(field+".protocol", "%q is none of TCP, UDP, SCTP", port.Protocol)
+		return
 	}
-	for i, s := range ips {
-		if s == corev1.ClusterIPNone || s == "" {
-			continue
+	row := state.PodPort{Name: port.Name, L4: model.L4{Proto: proto, Port: uint16(port.ContainerPort)}}
+	if port.ContainerPort < 1 || port.ContainerPort > 65535 {
+		p.add(field+".containerPort", "%d is no port from 1 to 65535", port.ContainerPort)
+		return
+	}
+	if port.HostPort != 0 && !hostNetwork {
+		if port.HostPort < 1 || port.HostPort > 65535 {
+			p.add(field+".hostPort", "%d is no port from 1 to 65535", port.HostPort)
+			return
 		}
-		if a, ok := p.addr(fmt.Sprintf("spec.clusterIPs[%d]", i), s); ok {
-			row.ClusterIPs = append(row.ClusterIPs, a)
+		row.HostPort = uint16(port.HostPort)
+		if port.HostIP != "" {
+			if row.HostIP, ok = p.addr(field+".hostIP", port.HostIP); !ok {
+				return
+			}
 		}
 	}
-	for i, sp := range svc.Spec.Ports {
-		proto, ok := protocol(sp.Protocol)
-		if !ok {
-			p.add(fmt.Sprintf("spec.ports[%d].protocol", i), "%q is none of TCP, UDP, SCTP", sp.Protocol)
-			continue
-		}
-		if sp.Port < 1 || sp.Port > 65535 {
-			p.add(fmt.Sprintf("spec.ports[%d].port", i), "%d is no port from 1 to 65535", sp.Port)
-			continue
-		}
-		row.Ports = append(row.Ports, state.ServicePort{Name: sp.Name, L4: model.L4{Proto: proto, Port: uint16(sp.Port)}})
+	if row.Name != "" || row.HostPort != 0 {
+		*out = append(*out, row)
 	}
-	return row, p
 }
 
 func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) {
@@ -241,11 +258,32 @@ func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) 
 			se.Serving = *e.Conditions.Serving
 		}
 		if e.NodeName != nil {
-			se.Node = *e.NodeName
+			se.Node = unique.Make(*e.NodeName).Value() // few nodes, many endpoints
+		}
+		if h := hints(e.Hints); h != nil {
+			if n := len(row.Endpoints); n > 0 && h.Equal(row.Endpoints[n-1].Hints) {
+				h = row.Endpoints[n-1].Hints
+			}
+			se.Hints = h
 		}
 		row.Endpoints = append(row.Endpoints, se)
 	}
 	return row, p
+}
+
+// hints are those of an endpoint; nil: it has none.
+func hints(h *discoveryv1.EndpointHints) *state.Hints {
+	if h == nil || len(h.ForZones)+len(h.ForNodes) == 0 {
+		return nil
+	}
+	out := &state.Hints{}
+	for _, z := range h.ForZones {
+		out.Zones = append(out.Zones, z.Name)
+	}
+	for _, n := range h.ForNodes {
+		out.Nodes = append(out.Nodes, n.Name)
+	}
+	return out
 }
 
 func protocol(p corev1.Protocol) (uint8, bool) {

@@ -18,6 +18,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/rest"
 
 	v2 "github.com/lash-net/lash/api/v2"
@@ -36,10 +37,12 @@ type apiServer struct {
 	rv      int
 	stop    chan struct{}
 	patches []string
+	// selectors of labels, by "PATH watch=true" or "PATH watch="
+	selectors map[string]string
 }
 
 func newAPIServer(t *testing.T) *apiServer {
-	s := &apiServer{lists: map[string]string{}, watches: map[string][]chan string{}, rv: 1, stop: make(chan struct{})}
+	s := &apiServer{lists: map[string]string{}, watches: map[string][]chan string{}, selectors: map[string]string{}, rv: 1, stop: make(chan struct{})}
 	s.Server = httptest.NewServer(http.HandlerFunc(s.serve))
 	t.Cleanup(func() { close(s.stop); s.CloseClientConnections(); s.Close() })
 	return s
@@ -51,6 +54,9 @@ func (s *apiServer) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	path := r.URL.Path
+	s.mu.Lock()
+	s.selectors[path+" watch="+r.URL.Query().Get("watch")] = r.URL.Query().Get("labelSelector")
+	s.mu.Unlock()
 	if r.URL.Query().Get("watch") != "" {
 		ch := make(chan string, 100)
 		s.mu.Lock()
@@ -193,6 +199,34 @@ func TestListThenWatchThenOutage(t *testing.T) {
 	})
 }
 
+// Services that another proxy serves, or none, are not ours: the API server is asked to leave them and their slices out.
+func TestServicesOfOthersAreLeftOut(t *testing.T) {
+	const slicesPath = "/apis/discovery.k8s.io/v1/endpointslices"
+	s := newAPIServer(t)
+	start(t, s)
+	until(t, "the watches", func() bool { return s.watched(servicesPath) && s.watched(slicesPath) })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, path := range []string{servicesPath, slicesPath} {
+		for _, how := range []string{"", "true"} {
+			text, asked := s.selectors[path+" watch="+how]
+			sel, err := labels.Parse(text)
+			if err != nil || !asked {
+				t.Fatalf("%s watch=%s: asked %v, %q: %v", path, how, asked, text, err)
+			}
+			for label, want := range map[string]bool{"": true, "service.kubernetes.io/service-proxy-name": false, "service.kubernetes.io/headless": false} {
+				set := labels.Set{"kubernetes.io/service-name": "a"}
+				if label != "" {
+					set[label] = ""
+				}
+				if sel.Matches(set) != want {
+					t.Errorf("%s watch=%s: an object with label %q matches %q: %v", path, how, label, text, !want)
+				}
+			}
+		}
+	}
+}
+
 // An unreachable API server leaves tables incomplete, which keeps loops from deleting.
 func TestNothingIsCompleteBeforeTheFirstList(t *testing.T) {
 	s := newAPIServer(t)
@@ -276,6 +310,20 @@ func TestConversionsNameTheField(t *testing.T) {
 			_, p := convertPod(&corev1.Pod{Status: corev1.PodStatus{PodIPs: []corev1.PodIP{{IP: "?"}}}})
 			return p
 		}, `status.podIPs[0].ip: "?" is no IP address`},
+		{"pod sockmap", func() problems {
+			row, p := convertPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"lash.io/sockmap": "yes"}}})
+			if row.Sockmap {
+				p.add("sockmap", "is on")
+			}
+			return p
+		}, `metadata.annotations[lash.io/sockmap]: "yes" is neither true nor false`},
+		{"pod sockmap of the node", func() problems {
+			row, p := convertPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"lash.io/sockmap": "true"}}, Spec: corev1.PodSpec{HostNetwork: true}})
+			if row.Sockmap {
+				p.add("sockmap", "is on")
+			}
+			return p
+		}, `metadata.annotations[lash.io/sockmap]: has no effect on a pod in the node's network namespace`},
 		{"identity number", func() problems {
 			_, p := convertIdentity(&v2.CiliumIdentity{ObjectMeta: metav1.ObjectMeta{Name: "0300"}})
 			return p

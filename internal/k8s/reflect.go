@@ -31,6 +31,9 @@ const (
 	retryMax    = 5 * time.Second // an API server that is back is used within this time
 )
 
+// ofServices selects services, and slices of services, that have no other proxy and need one.
+const ofServices = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
+
 // Reflector keeps rows equal to the API server's objects of one kind.
 type Reflector struct {
 	Name string // "core/v1::Service", as status shows it
@@ -68,12 +71,11 @@ func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Re
 		}),
 		newReflector(t, log, spec[corev1.Service, state.Service]{
 			name: "core/v1::Service", kind: "Service", table: t.Services, convert: convertService, equal: state.Service.Equal,
-			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, "!service.kubernetes.io/service-proxy-name"),
+			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, ofServices),
 		}),
 		newReflector(t, log, spec[discoveryv1.EndpointSlice, state.EndpointSlice]{
 			name: "discovery/v1::EndpointSlice", kind: "EndpointSlice", table: t.Slices, convert: convertSlice, equal: state.EndpointSlice.Equal,
-			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil,
-				"!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless,kubernetes.io/service-name"),
+			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices+",kubernetes.io/service-name"),
 		}),
 		newReflector(t, log, spec[corev1.Pod, state.Pod]{
 			name: "core/v1::Pods", kind: "Pod", table: t.Pods, convert: convertPod, equal: state.Pod.Equal,
@@ -292,7 +294,7 @@ func (s *store[Obj, Row]) Resync() error { return nil }
 
 // judge keeps the row of bad-objects of one object right and logs a new problem once.
 func (s *store[Obj, Row]) judge(w statedb.WriteTxn, o metav1.Object, p problems) (changed bool) {
-	bad := state.BadObject{Kind: s.kind, Name: objectName(o)}
+	bad := state.BadObject{Kind: s.kind, Name: objectName(o), UID: string(o.GetUID())}
 	old, _, had := s.tables.BadObjects.Get(w, state.BadObjectByKey(bad.Key()))
 	if len(p) == 0 {
 		if had {

@@ -64,4 +64,5 @@ type LocalAddr struct {
 	MAC        MAC
 	NodeMAC    MAC
 	Host       bool // an address of the node itself: the router's or a device's
+	NodePort   bool // of which NodePorts are served
 }

@@ -61,7 +61,7 @@ func TestIdentityNames(t *testing.T) {
 }
 
 func TestFrontendString(t *testing.T) {
-	f := Frontend{Addr: netip.MustParseAddr("fd00::1"), L4: L4{Proto: ProtoUDP, Port: 53}}
+	f := FrontendKey{Addr: netip.MustParseAddr("fd00::1"), L4: L4{Proto: ProtoUDP, Port: 53}}
 	if got, want := f.String(), "[fd00::1]:53/UDP"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}

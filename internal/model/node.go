@@ -19,6 +19,7 @@ type Node struct {
 	Routers  []netip.Addr   // CiliumInternalIPs, IPv4 first
 	Health   []netip.Addr   // of its health endpoint, IPv4 first; empty: it has none
 	Tunnel   string         // protocol and port by which it takes encapsulated packets, "vxlan:8472"; empty: it takes none
+	Zone     string         // known of the local node only
 	RouteMTU int            // of routes through the tunnel, bytes; known of the local node only
 	Local    bool
 	Source   string

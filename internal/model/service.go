@@ -3,8 +3,10 @@
 package model
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 )
 
@@ -34,90 +36,114 @@ type L4 struct {
 	Port  uint16
 }
 
-// Scopes of a frontend.
+// Types of a frontend, as the field's users know them.
 const (
-	ScopeExternal uint8 = 0
-	ScopeInternal uint8 = 1
+	TypeClusterIP    = "ClusterIP"
+	TypeNodePort     = "NodePort"
+	TypeLoadBalancer = "LoadBalancer"
+	TypeExternalIPs  = "ExternalIPs"
+	TypeHostPort     = "HostPort"
 )
 
-// Frontend is the key of a service row: an address that is translated to backends.
-type Frontend struct {
+// FrontendKey is an address and port that is translated to backends. The unspecified address of a family stands for
+// every address of the node.
+type FrontendKey struct {
 	Addr netip.Addr
 	L4
-	Scope uint8
 }
 
 // String is "10.96.0.1:443/TCP".
-func (f Frontend) String() string {
+func (f FrontendKey) String() string {
 	return fmt.Sprintf("%s/%s", netip.AddrPortFrom(f.Addr, f.Port), ProtoName(f.Proto))
 }
 
-// Compare orders frontends by address, port, protocol and scope.
-func (f Frontend) Compare(o Frontend) int {
-	if c := f.Addr.Compare(o.Addr); c != 0 {
-		return c
-	}
-	if c := int(f.Port) - int(o.Port); c != 0 {
-		return c
-	}
-	if c := int(f.Proto) - int(o.Proto); c != 0 {
-		return c
-	}
-	return int(f.Scope) - int(o.Scope)
+// Compare orders frontends by address, port and protocol.
+func (f FrontendKey) Compare(o FrontendKey) int {
+	return cmp.Or(f.Addr.Compare(o.Addr), cmp.Compare(f.Port, o.Port), cmp.Compare(f.Proto, o.Proto))
 }
 
-// States of a backend.
-const (
-	BackendActive      = "active"
-	BackendTerminating = "terminating"
-)
-
-// Backend is one address a frontend is translated to.
-type Backend struct {
-	Addr  netip.Addr
-	Port  uint16
-	Proto uint8
-	State string // BackendActive or BackendTerminating
+// Frontend is one of the frontends of a service port, and who is served by it.
+type Frontend struct {
+	FrontendKey
+	Type     string
+	Outside  bool // for packets from outside the node too
+	LocalOut bool // those go to backends of this node only
+	LocalIn  bool // connections from inside, too
+	Ranges   bool // from outside only for the service port's SourceRanges
+	Maglev   bool // from outside the backend is chosen by a Maglev table
+	DSR      bool // backends of other nodes answer clients outside directly
+	Node     bool // the address is a node's, this one's or another's
 }
 
-// String is "10.244.1.9:8080/TCP (active)".
-func (b Backend) String() string {
-	return fmt.Sprintf("%s/%s (%s)", netip.AddrPortFrom(b.Addr, b.Port), ProtoName(b.Proto), b.State)
-}
-
-// Compare orders backends by address, port and protocol.
-func (b Backend) Compare(o Backend) int {
-	if c := b.Addr.Compare(o.Addr); c != 0 {
-		return c
-	}
-	if c := int(b.Port) - int(o.Port); c != 0 {
-		return c
-	}
-	return int(b.Proto) - int(o.Proto)
-}
-
-// TypeClusterIP is the type of a frontend on a service's cluster IP.
-const TypeClusterIP = "ClusterIP"
-
-// FrontendEntry is what a frontend is translated to.
-type FrontendEntry struct {
-	ID        uint32 // stable while the frontend exists, also across agent restarts
-	Type      string // TypeClusterIP
-	Namespace string
-	Name      string
-	PortName  string
-	Backends  []Backend // sorted
-}
-
-// Equal reports whether two entries are the same, backends in order included.
-func (e FrontendEntry) Equal(o FrontendEntry) bool {
-	if e.ID != o.ID || e.Type != o.Type || e.Namespace != o.Namespace || e.Name != o.Name || e.PortName != o.PortName || len(e.Backends) != len(o.Backends) {
-		return false
-	}
-	for i := range e.Backends {
-		if e.Backends[i] != o.Backends[i] {
-			return false
+// Flags names what the frontend does beyond translating what comes from inside.
+func (f Frontend) Flags() []string {
+	var out []string
+	for _, flag := range []struct {
+		set  bool
+		name string
+	}{
+		{!f.Outside, "non-routable"}, {f.LocalOut, "external-local"}, {f.LocalIn, "internal-local"}, {f.Ranges, "check source-range"},
+		{f.Maglev, "maglev"}, {f.DSR, "dsr"},
+	} {
+		if flag.set {
+			out = append(out, flag.name)
 		}
 	}
-	return true
+	return out
+}
+
+// Backend is an endpoint of a service port. One that is neither in the cluster's nor in this node's set gets no new
+// connections and keeps those it has.
+type Backend struct {
+	Addr        netip.Addr
+	Port        uint16
+	Cluster     bool // in the set that serves the cluster
+	Local       bool // in the set that serves where only this node's endpoints may
+	Host        bool // its address is this node's own
+	Terminating bool
+}
+
+// Active reports whether it gets new connections.
+func (b Backend) Active() bool { return b.Cluster || b.Local }
+
+// State is the word for it that the field's users know.
+func (b Backend) State() string {
+	switch {
+	case b.Terminating:
+		return "terminating"
+	case b.Active():
+		return "active"
+	}
+	return "not ready"
+}
+
+// String is "10.244.1.9:8080 (active)".
+func (b Backend) String() string {
+	return fmt.Sprintf("%s (%s)", netip.AddrPortFrom(b.Addr, b.Port), b.State())
+}
+
+// Compare orders backends by address and port.
+func (b Backend) Compare(o Backend) int {
+	return cmp.Or(b.Addr.Compare(o.Addr), cmp.Compare(b.Port, o.Port))
+}
+
+// ServicePort is one port of a service for one family: frontends that share backends. The HostPorts of a pod are service
+// ports of their own.
+type ServicePort struct {
+	ID        uint32 // stable while one of its frontends exists, also across agent restarts
+	Namespace string
+	Name      string // of the service, or of the pod
+	Port      string // name of the port
+	Proto     uint8
+	IPv6      bool
+	Affinity  uint32 // seconds for which a client keeps its backend; 0: none
+	Frontends []Frontend
+	Backends  []Backend      // sorted by Compare
+	Ranges    []netip.Prefix // sources that frontends with Ranges serve
+}
+
+// Equal reports whether nothing differs.
+func (s ServicePort) Equal(o ServicePort) bool {
+	return s.ID == o.ID && s.Namespace == o.Namespace && s.Name == o.Name && s.Port == o.Port && s.Proto == o.Proto && s.IPv6 == o.IPv6 &&
+		s.Affinity == o.Affinity && slices.Equal(s.Frontends, o.Frontends) && slices.Equal(s.Backends, o.Backends) && slices.Equal(s.Ranges, o.Ranges)
 }

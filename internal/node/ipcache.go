@@ -131,17 +131,29 @@ func LocalAddrs(cfg Config, local []model.Node, devices []model.Device, endpoint
 			rows[a] = model.LocalAddr{EndpointID: ep.ID, Ifindex: ep.Ifindex, Identity: ep.Identity, MAC: ep.MAC, NodeMAC: ep.NodeMAC}
 		}
 	}
-	for _, d := range devices {
-		for _, p := range d.Addrs {
-			host(p.Addr())
-		}
-	}
 	for _, n := range local {
 		for _, a := range append(slices.Clone(n.Addrs), n.Routers...) {
 			host(a)
 		}
 	}
+	for _, d := range devices {
+		for _, p := range d.Addrs {
+			host(p.Addr())
+			if row, ok := rows[p.Addr()]; ok && row.Host && cfg.servesNodePorts(p.Addr()) {
+				row.NodePort = true
+				rows[p.Addr()] = row
+			}
+		}
+	}
 	return rows
+}
+
+// servesNodePorts reports whether NodePorts and HostPorts are served on an address of a device.
+func (c Config) servesNodePorts(a netip.Addr) bool {
+	if !c.NodePorts || a.IsLoopback() {
+		return false
+	}
+	return len(c.NodePortCIDRs) == 0 || slices.ContainsFunc(c.NodePortCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 func single(a netip.Addr) netip.Prefix {

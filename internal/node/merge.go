@@ -30,8 +30,10 @@ type Config struct {
 	SkipUnreachable              bool   // say nothing about peers that are not on a connected subnet
 	NativeCIDR4                  netip.Prefix
 	NativeCIDR6                  netip.Prefix
-	HostDevice                   string // name of the device with the router addresses
-	MasqueradeIP4, MasqueradeIP6 bool   // whether packets to outside the native CIDR lose their source
+	HostDevice                   string         // name of the device with the router addresses
+	NodePorts                    bool           // NodePorts are served
+	NodePortCIDRs                []netip.Prefix // on these addresses; empty: on all of the devices
+	MasqueradeIP4, MasqueradeIP6 bool           // whether packets to outside the native CIDR lose their source
 }
 
 // Enabled reports whether the family of a is on.
@@ -52,6 +54,7 @@ func Local(cfg Config, prev model.Node, objects []state.NodeObject) model.Node {
 			continue
 		}
 		if o.Source == model.SourceKubernetes {
+			n.Zone = o.Zone
 			if a := cfg.addrs(o.Addrs); len(a) > 0 {
 				n.Addrs = a
 			}

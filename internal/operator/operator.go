@@ -182,6 +182,11 @@ func (o *Operator) lead(ctx context.Context, clientset kubernetes.Interface) err
 		return err
 	}
 	gc.Go(func() { o.loop(ctx, newGCPass(o.log, o.config, apiObjects{gcCilium, clientset}), nil, &o.gcBegan) })
+	gc.Go(func() {
+		if err := reportProblems(ctx, o.config, o.log, watchConfig); err != nil {
+			o.log.Error("problems of services are not reported on them", "error", err)
+		}
+	})
 	o.loop(ctx, newNodesPass(o.log, o.config, c, cilium.Nodes), c.changed, &o.nodesBegan)
 	return nil
 }

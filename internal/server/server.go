@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,7 +31,7 @@ type Datapath interface {
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "tunnel", "lb", "nat", "socket", "metrics"}
+var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "nat", "socket", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {
@@ -270,14 +271,29 @@ func (s *Server) identity(r *http.Request) (any, error) {
 	return agent.Identity{ID: row.ID, Labels: row.Labels.List()}, nil
 }
 
+// services are one row a frontend; those of a service port have its number in common.
 func (s *Server) services(*http.Request) (any, error) {
 	rows := []agent.Service{}
-	for _, f := range all(s, s.cfg.Tables.Frontends) {
-		rows = append(rows, agent.Service{ID: f.Entry.ID, Frontend: f.Key.String(), Type: f.Entry.Type, Namespace: f.Entry.Namespace,
-			Name: f.Entry.Name, PortName: f.Entry.PortName, Backends: append([]model.Backend{}, f.Entry.Backends...)})
+	for _, p := range all(s, s.cfg.Tables.ServicePorts) {
+		backends := []agent.Backend{}
+		for _, b := range p.Backends {
+			if b.Active() || b.Terminating {
+				backends = append(backends, agent.Backend{Addr: b.Addr, Port: b.Port, Proto: p.Proto, State: b.State(), Active: b.Active(), Local: b.Local})
+			}
+		}
+		for _, f := range p.Frontends {
+			rows = append(rows, agent.Service{ID: p.ID, Frontend: f.FrontendKey.String(), Type: f.Type, Namespace: p.Namespace, Name: p.Name, PortName: p.Port,
+				Affinity: p.Affinity, Flags: f.Flags(), Backends: backends, SourceRanges: sourceRanges(f, p)})
+		}
 	}
-	slices.SortFunc(rows, func(a, b agent.Service) int { return int(a.ID) - int(b.ID) })
 	return rows, nil
+}
+
+func sourceRanges(f model.Frontend, p model.ServicePort) []netip.Prefix {
+	if !f.Ranges {
+		return nil
+	}
+	return p.Ranges
 }
 
 func (s *Server) bpf(r *http.Request) (any, error) {

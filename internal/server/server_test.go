@@ -75,9 +75,13 @@ func TestAnswers(t *testing.T) {
 	state.Insert(tables.DB, tables.Pods,
 		state.Pod{Namespace: "d", Name: "p", Running: true}, state.Pod{Namespace: "d", Name: "old", Running: true},
 		state.Pod{Namespace: "d", Name: "host", Running: true, HostNetwork: true}, state.Pod{Namespace: "d", Name: "pending"})
-	state.Insert(tables.DB, tables.Frontends,
-		state.Frontend{Key: model.Frontend{Addr: netip.MustParseAddr("10.96.0.1"), L4: model.L4{Proto: 6, Port: 443}}, Entry: model.FrontendEntry{ID: 2}},
-		state.Frontend{Key: model.Frontend{Addr: netip.MustParseAddr("10.96.0.9"), L4: model.L4{Proto: 17, Port: 53}}, Entry: model.FrontendEntry{ID: 1}})
+	front := func(a string, proto uint8, port uint16) model.Frontend {
+		return model.Frontend{FrontendKey: model.FrontendKey{Addr: netip.MustParseAddr(a), L4: model.L4{Proto: proto, Port: port}}, Type: "ClusterIP"}
+	}
+	state.Insert(tables.DB, tables.ServicePorts,
+		state.ServicePort{ID: 2, Proto: 6, Frontends: []model.Frontend{front("10.96.0.1", 6, 443), front("0.0.0.0", 6, 30443)}, Backends: []model.Backend{
+			{Addr: netip.MustParseAddr("10.0.1.7"), Port: 6443, Cluster: true}, {Addr: netip.MustParseAddr("10.0.1.8"), Port: 6443, Terminating: true}, {Addr: netip.MustParseAddr("10.0.1.9"), Port: 6443}}},
+		state.ServicePort{ID: 1, Proto: 17, Frontends: []model.Frontend{front("10.96.0.9", 17, 53)}})
 
 	st := get[agent.Status](t, s, "/v1/status", 200)
 	if st.Node != "n1" || st.KubeProxyReplacement.Mode != "True" || st.KubeProxyReplacement.Services[0].State != "Enabled" || st.Hubble.State != "Disabled" ||
@@ -120,7 +124,8 @@ func TestAnswers(t *testing.T) {
 	}
 	get[agent.Error](t, s, "/v1/identities/4712", 404)
 	get[agent.Error](t, s, "/v1/identities/x", 400)
-	if svcs := get[[]agent.Service](t, s, "/v1/services", 200); len(svcs) != 2 || svcs[0].Frontend != "10.96.0.9:53/UDP" {
+	if svcs := get[[]agent.Service](t, s, "/v1/services", 200); len(svcs) != 3 || svcs[0].Frontend != "10.96.0.9:53/UDP" ||
+		len(svcs[1].Backends) != 2 || svcs[1].Backends[1].State != "terminating" || svcs[1].Flags[0] != "non-routable" {
 		t.Errorf("services are %+v", svcs)
 	}
 	if tbl := get[agent.Table](t, s, "/v1/bpf/ct", 200); len(tbl.Rows) != 1 || tbl.Columns[0] != "A" {
@@ -147,7 +152,7 @@ func TestWrongRequestsSayWhatIsRight(t *testing.T) {
 		"/v1/endpoints/x":     {400, "1 to 65535"},
 		"/v1/endpoints/70000": {400, "1 to 65535"},
 		"/v1/endpoints/9":     {404, "lash endpoint list"},
-		"/v1/db/nothing":      {404, "frontends"},
+		"/v1/db/nothing":      {404, "service-ports"},
 		"/v1/bpf/nothing":     {404, "ipcache"},
 		"/v1/bpf/nat":         {500, "lash_nat"},
 	} {

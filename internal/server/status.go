@@ -23,6 +23,7 @@ type Facts struct {
 	KubernetesAPIs       []string
 	KubeProxyReplacement bool // configured
 	SocketLB             bool // attached
+	LB                   LoadBalancing
 	CNIConfigFile        string
 	IPAM                 agent.IPAM
 	Routing              agent.Routing
@@ -34,9 +35,21 @@ type Facts struct {
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
 	Monitor              agent.NodeMonitor
+	Sockmap              agent.Sockmap
 	HealthDaemon         agent.Component
 	ProbeInterval        time.Duration
 	Why                  []agent.Requirement
+}
+
+// LoadBalancing is how services are served, in the words of the status.
+type LoadBalancing struct {
+	Mode            string // SNAT, DSR, Hybrid
+	DSRDispatch     string // empty without DSR
+	Algorithm       string // Random, Maglev (Table Size: 16381)
+	SessionAffinity bool
+	Acceleration    string
+	NodePortRange   string
+	Annotations     []string // of services that are followed
 }
 
 func disabled(message string) agent.Component {
@@ -77,6 +90,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 		IdentityRange:    agent.IdentityRange{Min: uint32(model.IdentityMin), Max: uint32(model.IdentityMax)},
 		Hubble:           disabled(""),
 		BPFMaps:          f.BPFMaps,
+		Sockmap:          f.Sockmap,
 		Encryption:       disabled(""),
 		ClusterHealth:    clusterHealth(t, txn, f, unreachableShown),
 		MTU:              f.MTU,
@@ -135,17 +149,19 @@ func kubeProxyReplacement(f Facts, devices []agent.Device) agent.KubeProxyReplac
 		Mode: "False", SocketLB: enabled(f.KubeProxyReplacement && f.SocketLB), SocketLBTracing: "Disabled", BackendSelection: "Random",
 		SessionAffinity: "Disabled", NAT46: "Disabled", XDPAcceleration: "Disabled",
 	}
-	const later = "not in this version"
-	k.Services = []agent.ServiceFeature{
-		{Name: "ClusterIP", State: enabled(f.KubeProxyReplacement && f.SocketLB)},
-		{Name: "NodePort", State: "Disabled", Note: later},
-		{Name: "LoadBalancer", State: "Disabled", Note: later},
-		{Name: "externalIPs", State: "Disabled", Note: later},
-		{Name: "HostPort", State: "Disabled", Note: later},
+	// Each kind of frontend is served at the socket and, for the rest, by the programs on devices.
+	on := enabled(f.KubeProxyReplacement && f.SocketLB)
+	for _, name := range []string{"ClusterIP", "NodePort", "LoadBalancer", "externalIPs", "HostPort"} {
+		k.Services = append(k.Services, agent.ServiceFeature{Name: name, State: on})
 	}
 	if f.KubeProxyReplacement {
 		k.Mode = "True"
 		k.Devices = devices
+		k.LBMode, k.DSRDispatch, k.BackendSelection, k.SessionAffinity = f.LB.Mode, f.LB.DSRDispatch, f.LB.Algorithm, enabled(f.LB.SessionAffinity)
+		k.XDPAcceleration, k.Annotations = f.LB.Acceleration, f.LB.Annotations
+		if f.LB.NodePortRange != "" && on == agent.StateEnabled {
+			k.Services[1].Note = "Range: " + f.LB.NodePortRange
+		}
 	}
 	if f.KubeProxyReplacement && f.SocketLB {
 		k.SocketLBCoverage = "Full"

@@ -13,175 +13,230 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/statedb"
-
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/state"
 )
 
-func ip(s string) netip.Addr { return netip.MustParseAddr(s) }
-
-func svc(name string, tweak func(*state.Service), ips ...string) state.Service {
-	s := state.Service{Namespace: "ns", Name: name, Type: "ClusterIP",
-		Ports: []state.ServicePort{{Name: "http", L4: model.L4{Proto: model.ProtoTCP, Port: 80}}}}
-	for _, a := range ips {
-		s.ClusterIPs = append(s.ClusterIPs, ip(a))
-	}
-	if tweak != nil {
-		tweak(&s)
-	}
-	return s
+func config() Config {
+	return Config{Node: "n1", IPv4: true, IPv6: true, Topology: true, Affinity: true, CanDSR: true, NodePortFirst: 30000, NodePortLast: 32767, Numbers: NewNumbers(nil)}
 }
 
-func slice(name, service string, port state.SlicePort, eps ...state.SliceEndpoint) state.EndpointSlice {
-	return state.EndpointSlice{Namespace: "ns", Name: name, Service: service, Ports: []state.SlicePort{port}, Endpoints: eps,
-		IPv6: len(eps) > 0 && eps[0].Addr.Is6()}
+// running is a stage over its tables.
+type running struct {
+	t      *testing.T
+	tables *state.Tables
 }
 
-func ready(a string) state.SliceEndpoint {
-	return state.SliceEndpoint{Addr: ip(a), Ready: true, Serving: true, Node: "n1"}
+func start(t *testing.T, cfg Config) running {
+	t.Helper()
+	tables, err := state.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stage := New(tables, cfg)
+	ctx, cancel := context.WithCancel(t.Context())
+	stopped := make(chan error)
+	go func() { stopped <- stage.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-stopped; tables.Stop() })
+	return running{t, tables}
 }
 
-var (
-	http8080    = state.SlicePort{Name: "http", L4: model.L4{Proto: model.ProtoTCP, Port: 8080}}
-	terminating = func(a string, serving bool) state.SliceEndpoint {
-		return state.SliceEndpoint{Addr: ip(a), Serving: serving, Terminating: true, Node: "n1"}
-	}
-	unready = func(a string) state.SliceEndpoint { return state.SliceEndpoint{Addr: ip(a), Node: "n1"} }
-)
-
-func TestFrontends(t *testing.T) {
-	for _, tc := range []struct {
-		name string
-		svc  state.Service
-		eps  []state.EndpointSlice
-		want []string
-	}{
-		{"ready endpoints of all slices, sorted, once",
-			svc("a", nil, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-2", "a", http8080, ready("10.0.2.1"), ready("10.0.1.1")), slice("a-1", "a", http8080, ready("10.0.1.1"), unready("10.0.1.7"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.1:8080/TCP (active), 10.0.2.1:8080/TCP (active)"}},
-		{"no endpoint leaves a frontend without backends",
-			svc("a", nil, "10.96.0.9"), nil, []string{"10.96.0.9:80/TCP http = "}},
-		{"dual stack takes each family's slices",
-			svc("a", nil, "10.96.0.9", "fd96::9"),
-			[]state.EndpointSlice{slice("a-4", "a", http8080, ready("10.0.1.1")), slice("a-6", "a", http8080, ready("fd00::1"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.1:8080/TCP (active)", "[fd96::9]:80/TCP http = [fd00::1]:8080/TCP (active)"}},
-		{"headless has no frontend", svc("a", nil), []state.EndpointSlice{slice("a-1", "a", http8080, ready("10.0.1.1"))}, nil},
-		{"ExternalName has none", svc("a", func(s *state.Service) { s.Type = "ExternalName" }, "10.96.0.9"), nil, nil},
-		{"the cluster IP of a LoadBalancer works",
-			svc("a", func(s *state.Service) { s.Type = "LoadBalancer" }, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, ready("10.0.1.1"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.1:8080/TCP (active)"}},
-		{"ports are matched by name and protocol",
-			svc("dns", func(s *state.Service) {
-				s.Ports = []state.ServicePort{{Name: "dns", L4: model.L4{Proto: model.ProtoUDP, Port: 53}}, {Name: "dns-tcp", L4: model.L4{Proto: model.ProtoTCP, Port: 53}}}
-			}, "10.96.0.10"),
-			[]state.EndpointSlice{{Namespace: "ns", Name: "dns-1", Service: "dns",
-				Ports: []state.SlicePort{{Name: "dns-tcp", L4: model.L4{Proto: model.ProtoTCP, Port: 5301}}, {Name: "dns", L4: model.L4{Proto: model.ProtoUDP, Port: 5300}},
-					{Name: "dns", L4: model.L4{Proto: model.ProtoTCP, Port: 1}}, {Name: "dns", L4: model.L4{Proto: model.ProtoUDP}}},
-				Endpoints: []state.SliceEndpoint{ready("10.0.1.1")}}},
-			[]string{"10.96.0.10:53/TCP dns-tcp = 10.0.1.1:5301/TCP (active)", "10.96.0.10:53/UDP dns = 10.0.1.1:5300/UDP (active)"}},
-		{"an unnamed port matches an unnamed one only",
-			svc("a", func(s *state.Service) { s.Ports[0].Name = "" }, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, ready("10.0.1.1")), slice("a-2", "a", state.SlicePort{L4: http8080.L4}, ready("10.0.1.2"))},
-			[]string{"10.96.0.9:80/TCP  = 10.0.1.2:8080/TCP (active)"}},
-		{"terminating endpoints that serve are used when none is ready",
-			svc("a", nil, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, terminating("10.0.1.1", true), terminating("10.0.1.2", false), unready("10.0.1.3"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.1:8080/TCP (terminating)"}},
-		{"and not when one is",
-			svc("a", nil, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, terminating("10.0.1.1", true), ready("10.0.1.2"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.2:8080/TCP (active)"}},
-		{"publishNotReadyAddresses",
-			svc("a", func(s *state.Service) { s.PublishNotReady = true }, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, unready("10.0.1.3"))},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.3:8080/TCP (active)"}},
-		{"internalTrafficPolicy Local takes this node's",
-			svc("a", func(s *state.Service) { s.InternalLocal = true }, "10.96.0.9"),
-			[]state.EndpointSlice{slice("a-1", "a", http8080, ready("10.0.1.3"), state.SliceEndpoint{Addr: ip("10.0.2.3"), Ready: true, Node: "n2"})},
-			[]string{"10.96.0.9:80/TCP http = 10.0.1.3:8080/TCP (active)"}},
-		{"SCTP is left alone", svc("a", func(s *state.Service) { s.Ports[0].Proto = model.ProtoSCTP }, "10.96.0.9"), nil, nil},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			cfg := Config{Node: "n1", IPv4: true, IPv6: true, Numbers: NewNumbers(nil)}
-			var got []string
-			for _, r := range Frontends(cfg, []state.Service{tc.svc}, func(string) []state.EndpointSlice { return tc.eps }) {
-				var bs []string
-				for _, b := range r.Entry.Backends {
-					bs = append(bs, b.String())
-				}
-				got = append(got, fmt.Sprintf("%s %s = %s", r.Key, r.Entry.PortName, strings.Join(bs, ", ")))
-			}
-			if !slices.Equal(got, tc.want) {
-				t.Errorf("got  %q\nwant %q", got, tc.want)
-			}
-		})
-	}
+func (r running) rows() []state.ServicePort {
+	return state.Rows(r.tables.DB.ReadTxn(), r.tables.ServicePorts)
 }
 
-func TestNumbersStayWhileFrontendsComeAndGo(t *testing.T) {
-	known := map[model.Frontend]model.FrontendEntry{
-		{Addr: ip("10.96.0.5"), L4: model.L4{Proto: 6, Port: 80}}: {ID: 7},
-		{Addr: ip("10.96.0.6"), L4: model.L4{Proto: 6, Port: 80}}: {ID: 7}, // damaged: a number twice
+// lines are the service ports without numbers, sorted.
+func (r running) lines() []string {
+	var out []string
+	for _, row := range r.rows() {
+		out = append(out, line(row))
 	}
-	cfg := Config{IPv4: true, Numbers: NewNumbers(known)}
-	ids := func(ips ...string) []uint32 {
-		var services []state.Service
-		for _, a := range ips {
-			services = append(services, svc(a, nil, a))
+	slices.Sort(out)
+	return out
+}
+
+func (r running) warnings() []string {
+	var out []string
+	for _, w := range state.Rows(r.tables.DB.ReadTxn(), r.tables.Warnings) {
+		out = append(out, w.Text)
+	}
+	return out
+}
+
+// becomes waits until the service ports are those wanted.
+func (r running) becomes(want ...string) {
+	r.t.Helper()
+	slices.Sort(want)
+	var got []string
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if got = r.lines(); slices.Equal(got, want) {
+			return
 		}
-		var out []uint32
-		for _, r := range Frontends(cfg, services, func(string) []state.EndpointSlice { return nil }) {
-			out = append(out, r.Entry.ID)
+	}
+	r.t.Fatalf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+}
+
+func (r running) id(frontend string) uint32 {
+	r.t.Helper()
+	for _, row := range r.rows() {
+		for _, f := range row.Frontends {
+			if f.FrontendKey.String() == frontend {
+				return row.ID
+			}
 		}
-		return out
 	}
-	if got, want := ids("10.96.0.4", "10.96.0.5", "10.96.0.6"), []uint32{1, 7, 2}; !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
+	r.t.Fatalf("no frontend %s in %v", frontend, r.lines())
+	return 0
+}
+
+func TestConflictsHaveOneWinnerThatIsTheOlder(t *testing.T) {
+	r := start(t, config())
+	external := func(name string, created int64, clusterIP string) state.Service {
+		return svc(name, func(s *state.Service) { s.Created, s.ExternalIPs = created, []netip.Addr{ip("192.0.2.1")} }, clusterIP)
 	}
-	if got, want := ids("10.96.0.5", "10.96.0.6"), []uint32{7, 2}; !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
+	young, old := external("a", 200, "10.96.0.1"), external("b", 100, "10.96.0.2")
+	state.Insert(r.tables.DB, r.tables.Services, young)
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP, 192.0.2.1:80/TCP ExternalIPs out =")
+	state.Insert(r.tables.DB, r.tables.Services, old)
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP =", "ns/b http: 10.96.0.2:80/TCP ClusterIP, 192.0.2.1:80/TCP ExternalIPs out =")
+	want := "service ns/a: ExternalIPs 192.0.2.1:80/TCP is that of service ns/b: give one of them another address or port"
+	if got := r.warnings(); !slices.Equal(got, []string{want}) {
+		t.Errorf("warnings: %q", got)
 	}
-	if got, want := ids("10.96.0.5", "10.96.0.6", "10.96.0.7"), []uint32{7, 2, 1}; !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
+	state.Delete(r.tables.DB, r.tables.Services, old)
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP, 192.0.2.1:80/TCP ExternalIPs out =")
+	if got := r.warnings(); len(got) != 0 {
+		t.Errorf("warnings are left: %q", got)
 	}
 }
 
-// Any order of events ends with the same frontends as the final objects alone; numbers aside, which depend on history.
+// A pod whose HostPort a NodePort has keeps its other ports, and gets the port when the service goes.
+func TestServicesWinOverPods(t *testing.T) {
+	cfg := config()
+	cfg.NodePortFirst, cfg.NodePortLast = 30000, 30099
+	r := start(t, cfg)
+	pod := state.Pod{Namespace: "ns", Name: "p", IPs: []netip.Addr{ip("10.0.1.5")}, Ports: []state.PodPort{
+		{L4: model.L4{Proto: 6, Port: 8080}, HostPort: 31000}, {L4: model.L4{Proto: 6, Port: 9090}, HostPort: 9090},
+	}}
+	state.Insert(r.tables.DB, r.tables.Pods, pod)
+	other := "ns/p : 0.0.0.0:9090/TCP HostPort out local-out local-in node = 10.0.1.5:9090 local"
+	lost := "ns/p : 0.0.0.0:31000/TCP HostPort out local-out local-in node = 10.0.1.5:8080 local"
+	r.becomes(other, lost)
+	s := svc("a", func(s *state.Service) { s.Type, s.Ports[0].NodePort = "NodePort", 31000 }, "10.96.0.1")
+	state.Insert(r.tables.DB, r.tables.Services, s)
+	r.becomes(other, "ns/a http: 0.0.0.0:31000/TCP NodePort out node, 10.96.0.1:80/TCP ClusterIP =")
+	if got := strings.Join(r.warnings(), "\n"); !strings.Contains(got, "pod ns/p: HostPort 0.0.0.0:31000/TCP is that of service ns/a") ||
+		!strings.Contains(got, "service ns/a: nodePort 31000 lies outside of node-port-range 30000-30099") {
+		t.Errorf("warnings: %s", got)
+	}
+	state.Delete(r.tables.DB, r.tables.Services, s)
+	r.becomes(other, lost)
+	if got := r.warnings(); len(got) != 0 {
+		t.Errorf("warnings are left: %q", got)
+	}
+}
+
+func TestHealthChecksCountReadyEndpointsOfThisNode(t *testing.T) {
+	r := start(t, config())
+	s := svc("a", func(s *state.Service) {
+		s.Type, s.ExternalLocal, s.HealthCheckNodePort, s.LoadBalancerIPs = "LoadBalancer", true, 32001, []netip.Addr{ip("192.0.2.9")}
+	}, "10.96.0.1")
+	state.Insert(r.tables.DB, r.tables.Services, s)
+	check := func(want ...state.HealthCheck) {
+		t.Helper()
+		var got []state.HealthCheck
+		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			if got = state.Rows(r.tables.DB.ReadTxn(), r.tables.HealthChecks); slices.Equal(got, want) {
+				return
+			}
+		}
+		t.Fatalf("got %v, want %v", got, want)
+	}
+	check(state.HealthCheck{Namespace: "ns", Name: "a", Port: 32001})
+	state.Insert(r.tables.DB, r.tables.Slices, slice("a-1", "a", http8080, ready("10.0.1.1"), ready("10.0.1.2"), elsewhere("10.0.2.1"), terminating("10.0.1.3", true)))
+	check(state.HealthCheck{Namespace: "ns", Name: "a", Port: 32001, Endpoints: 2})
+	state.Insert(r.tables.DB, r.tables.Slices, slice("a-1", "a", http8080, terminating("10.0.1.3", true), elsewhere("10.0.2.1")))
+	check(state.HealthCheck{Namespace: "ns", Name: "a", Port: 32001})
+	state.Delete(r.tables.DB, r.tables.Services, s)
+	check()
+}
+
+// A number goes with the frontends: over a restart, and when a port is renamed.
+func TestNumbersFollowFrontends(t *testing.T) {
+	cfg := config()
+	cfg.Numbers = NewNumbers(map[uint32]model.ServicePort{7: {Frontends: []model.Frontend{{FrontendKey: model.FrontendKey{Addr: ip("10.96.0.5"), L4: http}}}}, 9: {}})
+	r := start(t, cfg)
+	w := r.tables.DB.WriteTxn(r.tables.Services)
+	for _, a := range []string{"10.96.0.4", "10.96.0.5", "10.96.0.6"} {
+		state.Put(w, r.tables.Services, svc("s"+a, nil, a))
+	}
+	w.Commit()
+	line := func(a, port string) string { return fmt.Sprintf("ns/s%s %s: %s:80/TCP ClusterIP =", a, port, a) }
+	r.becomes(line("10.96.0.4", "http"), line("10.96.0.5", "http"), line("10.96.0.6", "http"))
+	if got := r.id("10.96.0.5:80/TCP"); got != 7 {
+		t.Errorf("the known frontend has number %d, want 7", got)
+	}
+	before := r.id("10.96.0.6:80/TCP")
+	if before == 7 || before == 9 || before == r.id("10.96.0.4:80/TCP") {
+		t.Errorf("number %d is taken", before)
+	}
+	state.Insert(r.tables.DB, r.tables.Services, svc("s10.96.0.6", func(s *state.Service) { s.Ports[0].Name = "web" }, "10.96.0.6"))
+	r.becomes(line("10.96.0.4", "http"), line("10.96.0.5", "http"), line("10.96.0.6", "web"))
+	if got := r.id("10.96.0.6:80/TCP"); got != before {
+		t.Errorf("a renamed port has number %d, had %d", got, before)
+	}
+	// One that comes as another goes gets a number of its own.
+	w = r.tables.DB.WriteTxn(r.tables.Services)
+	state.Remove(w, r.tables.Services, svc("s10.96.0.4", nil))
+	state.Put(w, r.tables.Services, svc("s10.96.0.8", nil, "10.96.0.8"))
+	w.Commit()
+	r.becomes(line("10.96.0.5", "http"), line("10.96.0.6", "web"), line("10.96.0.8", "http"))
+	if got := r.id("10.96.0.8:80/TCP"); got <= before {
+		t.Errorf("number %d was another's a moment ago", got)
+	}
+}
+
+// Whatever the order of events, the outcome is that of the final objects; numbers aside, which depend on history.
 func TestEventOrderDoesNotMatter(t *testing.T) {
 	var services []state.Service
 	var eps []state.EndpointSlice
 	for i := range 12 {
-		name := fmt.Sprintf("s%d", i)
-		services = append(services, svc(name, nil, fmt.Sprintf("10.96.0.%d", i+1)))
+		n := fmt.Sprintf("s%d", i)
+		services = append(services, svc(n, func(s *state.Service) {
+			s.Created = int64(i % 3)
+			s.ExternalIPs = []netip.Addr{ip(fmt.Sprintf("192.0.2.%d", i%5))} // contested
+		}, fmt.Sprintf("10.96.0.%d", i+1)))
 		for j := range 3 {
-			eps = append(eps, slice(fmt.Sprintf("%s-%d", name, j), name, http8080, ready(fmt.Sprintf("10.0.%d.%d", j, i+1)), unready("10.0.9.9")))
+			eps = append(eps, slice(fmt.Sprintf("%s-%d", n, j), n, http8080, ready(fmt.Sprintf("10.0.%d.%d", j, i+1)), unready("10.0.9.9")))
 		}
 	}
-	final := func(seed uint64) []state.Frontend {
-		tables, err := state.New()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer tables.Stop()
-		stage := Stage(tables, Config{IPv4: true, Numbers: NewNumbers(nil)})
-		ctx, cancel := context.WithCancel(t.Context())
-		stopped := make(chan error)
-		go func() { stopped <- stage.Run(ctx, tables.DB) }()
-		defer func() { cancel(); <-stopped }()
-
+	pods := []state.Pod{
+		{Namespace: "ns", Name: "p1", Created: 1, IPs: []netip.Addr{ip("10.0.1.5")}, Ports: []state.PodPort{{L4: http8080.L4, HostPort: 80}}},
+		{Namespace: "ns", Name: "p2", Created: 2, IPs: []netip.Addr{ip("10.0.1.6")}, Ports: []state.PodPort{{L4: http8080.L4, HostPort: 80}}},
+	}
+	var first, warned []string
+	for seed := range uint64(12) {
 		rng := rand.New(rand.NewPCG(seed, 3))
+		r := start(t, config())
+		db := r.tables.DB
 		var events []func()
 		for _, s := range services {
-			events = append(events, func() { state.Insert(tables.DB, tables.Services, s) })
+			events = append(events, func() { state.Insert(db, r.tables.Services, s) })
+			other := s
+			other.ExternalIPs, other.Ports = []netip.Addr{ip("192.0.2.4")}, []state.ServicePortSpec{{Name: "x", L4: model.L4{Proto: 17, Port: 80}}}
+			events = append(events, func() { state.Insert(db, r.tables.Services, other); state.Insert(db, r.tables.Services, s) })
 		}
 		for _, e := range eps {
-			events = append(events, func() { state.Insert(tables.DB, tables.Slices, e) })
+			events = append(events, func() { state.Insert(db, r.tables.Slices, e) })
+			stray := e
+			stray.Service = "s0"
+			events = append(events, func() { state.Insert(db, r.tables.Slices, stray); state.Insert(db, r.tables.Slices, e) })
 		}
-		gone := svc("gone", nil, "10.96.9.9")
-		events = append(events, func() { state.Insert(tables.DB, tables.Services, gone) })
+		for _, p := range pods {
+			events = append(events, func() { state.Insert(db, r.tables.Pods, p) })
+		}
+		gone := svc("gone", func(s *state.Service) { s.ExternalIPs = []netip.Addr{ip("192.0.2.1")} }, "10.96.9.9")
+		events = append(events, func() { state.Insert(db, r.tables.Services, gone) })
 		rng.Shuffle(len(events), func(i, j int) { events[i], events[j] = events[j], events[i] })
 		for _, e := range events {
 			e()
@@ -189,38 +244,75 @@ func TestEventOrderDoesNotMatter(t *testing.T) {
 				time.Sleep(time.Duration(rng.IntN(3)) * time.Millisecond)
 			}
 		}
-		state.Delete(tables.DB, tables.Services, gone)
+		state.Delete(db, r.tables.Services, gone)
+		if seed == 0 {
+			time.Sleep(300 * time.Millisecond)
+			first, warned = r.lines(), r.warnings()
+			if len(first) != 13 || len(warned) != 8 || !strings.Contains(strings.Join(first, "\n"), "10.0.1.5:8080 local") {
+				t.Fatalf("%d service ports, %d warnings:\n%s\n%s", len(first), len(warned), strings.Join(first, "\n"), strings.Join(warned, "\n"))
+			}
+			continue
+		}
+		r.becomes(first...)
+		if got := r.warnings(); !reflect.DeepEqual(got, warned) {
+			t.Fatalf("seed %d: warnings are %q, want %q", seed, got, warned)
+		}
+		ids := map[uint32]bool{}
+		for _, row := range r.rows() {
+			ids[row.ID] = true
+		}
+		if len(ids) != len(first) || ids[0] {
+			t.Errorf("seed %d: numbers are not one each: %v", seed, ids)
+		}
+	}
+}
 
-		want := Frontends(Config{IPv4: true, Numbers: NewNumbers(nil)}, services, func(key string) []state.EndpointSlice {
-			return statedb.Collect(tables.Slices.List(tables.DB.ReadTxn(), state.SlicesByService(key)))
-		})
-		deadline := time.After(10 * time.Second)
-		for {
-			seq, changed := tables.Frontends.AllWatch(tables.DB.ReadTxn())
-			got := statedb.Collect(seq)
-			for i := range got {
-				got[i].Entry.ID = 0
-			}
-			for i := range want {
-				want[i].Entry.ID = 0
-			}
-			if reflect.DeepEqual(got, want) {
-				return got
-			}
-			select {
-			case <-changed:
-			case <-deadline:
-				t.Fatalf("seed %d: got %v\nwant %v", seed, got, want)
-			}
-		}
+func TestNothingIsWrittenBeforeTheInputsAreComplete(t *testing.T) {
+	tables, err := state.New()
+	if err != nil {
+		t.Fatal(err)
 	}
-	first := final(0)
-	if len(first) != 12 || len(first[0].Entry.Backends) != 3 {
-		t.Fatalf("got %v", first)
+	defer tables.Stop()
+	w := tables.DB.WriteTxn(tables.Slices)
+	done := tables.Slices.RegisterInitializer(w, "test")
+	w.Commit()
+	stage := New(tables, config())
+	ctx, cancel := context.WithCancel(t.Context())
+	stopped := make(chan error)
+	go func() { stopped <- stage.Run(ctx) }()
+	defer func() { cancel(); <-stopped }()
+	state.Insert(tables.DB, tables.Services, svc("a", nil, "10.96.0.1"))
+	time.Sleep(50 * time.Millisecond)
+	if n := tables.ServicePorts.NumObjects(tables.DB.ReadTxn()); n != 0 {
+		t.Fatalf("%d rows were written early", n)
 	}
-	for seed := uint64(1); seed < 10; seed++ {
-		if got := final(seed); !reflect.DeepEqual(got, first) {
-			t.Errorf("seed %d differs", seed)
-		}
+	w = tables.DB.WriteTxn(tables.Slices)
+	done(w)
+	w.Commit()
+	running{t, tables}.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP =")
+	if ok, _ := tables.ServicePorts.Initialized(tables.DB.ReadTxn()); !ok {
+		t.Error("the output is not announced as complete")
 	}
+}
+
+// An address that is a node's stays the node's, but for the ports of the service.
+func TestAddressesOfNodesAreTold(t *testing.T) {
+	r := start(t, config())
+	state.Insert(r.tables.DB, r.tables.Services, svc("a", func(s *state.Service) { s.ExternalIPs = []netip.Addr{ip("172.18.0.2"), ip("172.18.0.3")} }, "10.96.0.1"))
+	state.Insert(r.tables.DB, r.tables.Nodes, model.Node{Name: "n2", Addrs: []netip.Addr{ip("172.18.0.2")}})
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP, 172.18.0.2:80/TCP ExternalIPs out node, 172.18.0.3:80/TCP ExternalIPs out =")
+	state.Insert(r.tables.DB, r.tables.Nodes, model.Node{Name: "n3", Addrs: []netip.Addr{ip("172.18.0.3")}})
+	state.Delete(r.tables.DB, r.tables.Nodes, model.Node{Name: "n2"})
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP, 172.18.0.2:80/TCP ExternalIPs out, 172.18.0.3:80/TCP ExternalIPs out node =")
+}
+
+func TestRowsFollowTheNode(t *testing.T) {
+	r := start(t, config())
+	state.Insert(r.tables.DB, r.tables.Services, svc("a", nil, "10.96.0.1"))
+	near, far := ready("172.18.0.1"), ready("10.0.2.1")
+	near.Hints, far.Hints = &state.Hints{Zones: []string{"z1"}}, &state.Hints{Zones: []string{"z2"}}
+	state.Insert(r.tables.DB, r.tables.Slices, slice("a-1", "a", http8080, near, far))
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP = 10.0.2.1:8080 cluster, 172.18.0.1:8080 cluster")
+	state.Insert(r.tables.DB, r.tables.Local, model.Node{Name: "n1", Zone: "z1", Addrs: []netip.Addr{ip("172.18.0.1")}})
+	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP = 10.0.2.1:8080, 172.18.0.1:8080 cluster host")
 }

@@ -7,6 +7,7 @@ import "github.com/cilium/statedb"
 // BadObject is a Kubernetes object, or a part of it, that could not be used.
 type BadObject struct {
 	Kind, Name string // "Service", "namespace/name"
+	UID        string
 	Field      string // "spec.podCIDRs[1]"
 	Problem    string
 }

@@ -5,6 +5,9 @@ package state
 import (
 	"context"
 	"fmt"
+	"iter"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/cilium/statedb"
@@ -75,7 +78,7 @@ func (s *Stage[Row]) Run(ctx context.Context, db *statedb.DB) error {
 	}
 	for {
 		txn := db.ReadTxn()
-		chans, complete := watch(txn, s.Inputs)
+		chans, complete := Watch(txn, s.Inputs)
 		ws := statedb.NewWatchSet()
 		ws.Add(chans...)
 		began := time.Now()
@@ -112,26 +115,91 @@ func Desired[Row any, K comparable, V any](db *statedb.DB, tbl statedb.Table[Row
 	})
 }
 
+// DesiredChanges is the Desired function of a loop over a table of which each pass looks at the changed rows only.
+func DesiredChanges[Row any, K comparable, V any](db *statedb.DB, tbl statedb.RWTable[Row], split func(Row) (K, V)) func() reconcile.Snapshot[K, V] {
+	changes := Track(db, tbl)
+	rows := map[K]V{}
+	opened, complete := false, false
+	return func() reconcile.Snapshot[K, V] {
+		txn := db.ReadTxn()
+		touched := map[K]struct{}{}
+		for row, deleted := range changes.Next(txn) {
+			k, v := split(row)
+			touched[k] = struct{}{}
+			if deleted {
+				delete(rows, k)
+			} else {
+				rows[k] = v
+			}
+		}
+		snap := reconcile.Snapshot[K, V]{Rows: rows, Touched: slices.Collect(maps.Keys(touched))}
+		snap.Changed, snap.Complete = pending(txn, tbl)
+		snap.Changed = append(snap.Changed, changes.Changed(txn))
+		snap.Partial = opened && complete == snap.Complete
+		opened, complete = true, snap.Complete
+		return snap
+	}
+}
+
+// Tracker reads what changed in a table since it was last asked.
+type Tracker[Row any] struct{ it statedb.ChangeIterator[Row] }
+
+// Track returns a tracker whose first Next has every row.
+func Track[Row any](db *statedb.DB, tbl statedb.RWTable[Row]) *Tracker[Row] {
+	txn := db.WriteTxn(tbl)
+	defer txn.Commit()
+	it, err := tbl.Changes(txn)
+	if err != nil {
+		panic("state: " + err.Error()) // the transaction holds the table
+	}
+	return &Tracker[Row]{it}
+}
+
+// Next yields rows that changed since, in the order of the changes; gone says that the row was deleted. It must be
+// consumed whole.
+func (t *Tracker[Row]) Next(txn statedb.ReadTxn) iter.Seq2[Row, bool] {
+	seq, _ := t.it.Next(txn)
+	return func(yield func(Row, bool) bool) {
+		for c := range seq {
+			if !yield(c.Object, c.Deleted) {
+				return
+			}
+		}
+	}
+}
+
+// Changed is closed when Next has more.
+func (t *Tracker[Row]) Changed(txn statedb.ReadTxn) <-chan struct{} {
+	_, watch := t.it.Next(txn)
+	return watch
+}
+
 // DesiredOf is the Desired function of a loop over a pure function of tables.
 func DesiredOf[K comparable, V any](db *statedb.DB, inputs []Input, compute func(statedb.ReadTxn) map[K]V) func() reconcile.Snapshot[K, V] {
 	return func() reconcile.Snapshot[K, V] {
 		txn := db.ReadTxn()
-		chans, complete := watch(txn, inputs)
+		chans, complete := Watch(txn, inputs)
 		return reconcile.Snapshot[K, V]{Rows: compute(txn), Complete: complete, Changed: chans}
 	}
 }
 
-// watch returns channels that are closed when an input changes or becomes complete, and whether all are complete.
-func watch(txn statedb.ReadTxn, inputs []Input) (chans []<-chan struct{}, complete bool) {
+// Watch returns channels that are closed when an input changes or becomes complete, and whether all are complete.
+func Watch(txn statedb.ReadTxn, inputs []Input) (chans []<-chan struct{}, complete bool) {
 	complete = true
 	for _, in := range inputs {
 		chans = append(chans, in.watch(txn))
-		if ok, ch := in.meta.Initialized(txn); !ok {
-			complete = false
-			chans = append(chans, ch)
-		}
+		more, ok := pending(txn, in.meta)
+		chans, complete = append(chans, more...), complete && ok
 	}
 	return chans, complete
+}
+
+// pending returns whether the table is complete, and if not, a channel that is closed when it is.
+func pending(txn statedb.ReadTxn, meta statedb.TableMeta) (chans []<-chan struct{}, complete bool) {
+	if ok, ch := meta.Initialized(txn); !ok {
+		return []<-chan struct{}{ch}, false
+	}
+	return nil, true
 }
 
 // Pending names the tables that are not complete, with what they wait for.

@@ -25,6 +25,7 @@ type NodeObject struct {
 	Error     string         // CiliumNode: why the operator could not give pod CIDRs
 	Taints    []string       // Node: keys
 	NetworkOK bool           // Node: condition NetworkUnavailable is False
+	Zone      string         // Node: label topology.kubernetes.io/zone
 }
 
 // NodeObjectKey is the key of a row of NodeObjects.
@@ -49,7 +50,7 @@ func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 
 // Equal reports whether nothing that a reader could see differs.
 func (r NodeObject) Equal(o NodeObject) bool {
-	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK &&
+	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK && r.Zone == o.Zone &&
 		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
 }
 
@@ -81,7 +82,7 @@ func newNodeTable(db *statedb.DB, name string) (statedb.RWTable[Node], error) {
 
 // EqualNode compares nodes.
 func EqualNode(a, b Node) bool {
-	return a.Name == b.Name && a.Local == b.Local && a.Source == b.Source && a.Tunnel == b.Tunnel && a.RouteMTU == b.RouteMTU &&
+	return a.Name == b.Name && a.Local == b.Local && a.Source == b.Source && a.Tunnel == b.Tunnel && a.RouteMTU == b.RouteMTU && a.Zone == b.Zone &&
 		slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Routers, b.Routers) &&
 		slices.Equal(a.Health, b.Health)
 }

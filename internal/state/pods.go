@@ -25,13 +25,17 @@ type Pod struct {
 	Terminating          bool
 	Controlled           bool // a controller makes a new one if it is deleted
 	Mirror               bool // a static pod's image in the API
+	Sockmap              bool // connections within it may do without packets
 	Ports                []PodPort
+	Created              int64 // Unix seconds
 }
 
-// PodPort is a named port of a container.
+// PodPort is a port of a container that has a name or a HostPort.
 type PodPort struct {
 	Name string
 	model.L4
+	HostPort uint16     // 0: none
+	HostIP   netip.Addr // of the HostPort; invalid: every address of the node
 }
 
 // Ended reports whether no container of the pod will run any more: its addresses are free.
@@ -43,7 +47,7 @@ func (r Pod) Key() string { return r.Namespace + "/" + r.Name }
 // Equal compares pods.
 func (r Pod) Equal(o Pod) bool {
 	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.HostNetwork == o.HostNetwork && r.Phase == o.Phase &&
-		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror && r.Controlled == o.Controlled &&
+		r.ServiceAccount == o.ServiceAccount && r.Running == o.Running && r.Terminating == o.Terminating && r.Mirror == o.Mirror && r.Created == o.Created && r.Controlled == o.Controlled && r.Sockmap == o.Sockmap &&
 		slices.Equal(r.IPs, o.IPs) && slices.Equal(r.Ports, o.Ports) && maps.Equal(r.Labels, o.Labels)
 }
 

@@ -14,21 +14,32 @@ import (
 	"github.com/lash-net/lash/internal/model"
 )
 
-// ServicePort is a port of a service.
-type ServicePort struct {
+// ServicePortSpec is a port of a service as its object has it.
+type ServicePortSpec struct {
 	Name string
 	model.L4
+	NodePort uint16 // 0: none
 }
 
 // Service is a core/v1 Service.
 type Service struct {
-	Namespace, Name    string
-	Type               string       // ClusterIP, NodePort, LoadBalancer, ExternalName
-	ClusterIPs         []netip.Addr // empty if headless
-	Ports              []ServicePort
-	PublishNotReady    bool
-	InternalLocal      bool // internalTrafficPolicy: Local
-	SessionAffinitySec int  // 0: none
+	Namespace, Name     string
+	UID                 string
+	Created             int64        // Unix seconds
+	Type                string       // ClusterIP, NodePort, LoadBalancer, ExternalName
+	ClusterIPs          []netip.Addr // empty if headless
+	ExternalIPs         []netip.Addr
+	LoadBalancerIPs     []netip.Addr // of the status, those that the node is to serve
+	Ports               []ServicePortSpec
+	PublishNotReady     bool
+	InternalLocal       bool // internalTrafficPolicy: Local
+	ExternalLocal       bool // externalTrafficPolicy: Local
+	SessionAffinitySec  int  // 0: none
+	HealthCheckNodePort uint16
+	SourceRanges        []netip.Prefix
+	Mode                string // by annotation: "snat", "dsr"; empty: the node's
+	Algorithm           string // by annotation: "random", "maglev"; empty: the node's
+	RangesBroken        bool   // some of the source ranges cannot be read: nobody is let in by them
 }
 
 // Key is "namespace/name".
@@ -36,25 +47,29 @@ func (r Service) Key() string { return r.Namespace + "/" + r.Name }
 
 // Equal compares services.
 func (r Service) Equal(o Service) bool {
-	return r.Namespace == o.Namespace && r.Name == o.Name && r.Type == o.Type && r.PublishNotReady == o.PublishNotReady &&
-		r.InternalLocal == o.InternalLocal && r.SessionAffinitySec == o.SessionAffinitySec &&
-		slices.Equal(r.ClusterIPs, o.ClusterIPs) && slices.Equal(r.Ports, o.Ports)
+	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.Created == o.Created && r.Type == o.Type && r.PublishNotReady == o.PublishNotReady &&
+		r.InternalLocal == o.InternalLocal && r.ExternalLocal == o.ExternalLocal && r.SessionAffinitySec == o.SessionAffinitySec &&
+		r.HealthCheckNodePort == o.HealthCheckNodePort && r.Mode == o.Mode && r.Algorithm == o.Algorithm && r.RangesBroken == o.RangesBroken &&
+		slices.Equal(r.ClusterIPs, o.ClusterIPs) && slices.Equal(r.ExternalIPs, o.ExternalIPs) && slices.Equal(r.LoadBalancerIPs, o.LoadBalancerIPs) &&
+		slices.Equal(r.Ports, o.Ports) && slices.Equal(r.SourceRanges, o.SourceRanges)
 }
-
-// ServiceByName finds the service "namespace/name".
-func ServiceByName(key string) statedb.Query[Service] { return serviceByName.Query(key) }
 
 var serviceByName = byString("name", Service.Key)
 
+// ServiceByName finds a service by "namespace/name".
+func ServiceByName(key string) statedb.Query[Service] { return serviceByName.Query(key) }
+
 func newServices(db *statedb.DB) (statedb.RWTable[Service], error) {
 	return statedb.NewTableAny(db, "services",
-		func() []string { return []string{"Name", "Type", "ClusterIPs", "Ports"} },
+		func() []string {
+			return []string{"Name", "Type", "ClusterIPs", "ExternalIPs", "LoadBalancerIPs", "Ports"}
+		},
 		func(r Service) []string {
 			ports := make([]string, len(r.Ports))
 			for i, p := range r.Ports {
 				ports[i] = strings.TrimPrefix(p.Name+":", ":") + strconv.Itoa(int(p.Port)) + "/" + model.ProtoName(p.Proto)
 			}
-			return []string{r.Key(), r.Type, joined(r.ClusterIPs), strings.Join(ports, ",")}
+			return []string{r.Key(), r.Type, joined(r.ClusterIPs), joined(r.ExternalIPs), joined(r.LoadBalancerIPs), strings.Join(ports, ",")}
 		}, serviceByName)
 }
 
@@ -69,6 +84,22 @@ type SliceEndpoint struct {
 	Addr                        netip.Addr
 	Ready, Serving, Terminating bool
 	Node                        string
+	Hints                       *Hints // who should use it; nil: everybody
+}
+
+// Hints are the topology hints of an endpoint: names of zones and of nodes. Endpoints with the same hints share them.
+type Hints struct{ Zones, Nodes []string }
+
+// Equal compares hints.
+func (h *Hints) Equal(o *Hints) bool {
+	return h == o || h != nil && o != nil && slices.Equal(h.Zones, o.Zones) && slices.Equal(h.Nodes, o.Nodes)
+}
+
+// equal compares endpoints.
+func (e SliceEndpoint) equal(o SliceEndpoint) bool {
+	same := e.Hints.Equal(o.Hints)
+	e.Hints, o.Hints = nil, nil
+	return same && e == o
 }
 
 // EndpointSlice is a discovery.k8s.io/v1 EndpointSlice.
@@ -89,7 +120,7 @@ func (r EndpointSlice) ServiceKey() string { return r.Namespace + "/" + r.Servic
 // Equal compares slices.
 func (r EndpointSlice) Equal(o EndpointSlice) bool {
 	return r.Namespace == o.Namespace && r.Name == o.Name && r.Service == o.Service && r.IPv6 == o.IPv6 &&
-		slices.Equal(r.Ports, o.Ports) && slices.Equal(r.Endpoints, o.Endpoints)
+		slices.Equal(r.Ports, o.Ports) && slices.EqualFunc(r.Endpoints, o.Endpoints, SliceEndpoint.equal)
 }
 
 var sliceByService = nonUnique(byString("service", EndpointSlice.ServiceKey))
@@ -116,34 +147,56 @@ func newSlices(db *statedb.DB) (statedb.RWTable[EndpointSlice], error) {
 		}, byString("name", EndpointSlice.Key), sliceByService)
 }
 
-// Frontend is an address that is translated to backends.
-type Frontend struct {
-	Key   model.Frontend
-	Entry model.FrontendEntry
+// ServicePort is one port of a service for one family, ready for the datapath.
+type ServicePort = model.ServicePort
+
+// SplitServicePort is the row as a loop's key and value.
+func SplitServicePort(r ServicePort) (uint32, model.ServicePort) { return r.ID, r }
+
+var servicePortByID = statedb.Index[ServicePort, uint32]{
+	Name:       "id",
+	FromObject: func(r ServicePort) index.KeySet { return index.NewKeySet(index.Uint32(r.ID)) },
+	FromKey:    index.Uint32,
+	FromString: index.Uint32String,
+	Unique:     true,
 }
 
-// Split is the row as a loop's key and value.
-func (r Frontend) Split() (model.Frontend, model.FrontendEntry) { return r.Key, r.Entry }
+// ServicePortByID finds a service port by its number.
+func ServicePortByID(id uint32) statedb.Query[ServicePort] { return servicePortByID.Query(id) }
 
-// Equal compares frontends.
-func (r Frontend) Equal(o Frontend) bool { return r.Key == o.Key && r.Entry.Equal(o.Entry) }
-
-func frontendKey(f model.Frontend) index.Key {
-	a := f.Addr.As16()
-	return append(index.Key(a[:]), byte(f.Port>>8), byte(f.Port), f.Proto, f.Scope)
+func newServicePorts(db *statedb.DB) (statedb.RWTable[ServicePort], error) {
+	return statedb.NewTableAny(db, "service-ports",
+		func() []string { return []string{"ID", "Service", "Port", "Frontends", "Backends"} },
+		func(r ServicePort) []string {
+			fs := make([]string, len(r.Frontends))
+			for i, f := range r.Frontends {
+				fs[i] = f.FrontendKey.String() + " " + f.Type
+			}
+			return []string{strconv.FormatUint(uint64(r.ID), 10), r.Namespace + "/" + r.Name, r.Port, strings.Join(fs, ","), joined(r.Backends)}
+		}, servicePortByID)
 }
 
-func newFrontends(db *statedb.DB) (statedb.RWTable[Frontend], error) {
-	return statedb.NewTableAny(db, "frontends",
-		func() []string { return []string{"ID", "Frontend", "Type", "Service", "Port", "Backends"} },
-		func(r Frontend) []string {
-			return []string{strconv.FormatUint(uint64(r.Entry.ID), 10), r.Key.String(), r.Entry.Type,
-				r.Entry.Namespace + "/" + r.Entry.Name, r.Entry.PortName, joined(r.Entry.Backends)}
-		},
-		statedb.Index[Frontend, model.Frontend]{
-			Name:       "frontend",
-			FromObject: func(r Frontend) index.KeySet { return index.NewKeySet(frontendKey(r.Key)) },
-			FromKey:    frontendKey,
-			Unique:     true,
-		})
+// HealthCheck is a port on which load balancers ask whether this node has endpoints of a service.
+type HealthCheck struct {
+	Namespace, Name string // of the service
+	Port            uint16
+	Endpoints       int // of this node that are ready
+}
+
+// Key is "namespace/name" of the service.
+func (r HealthCheck) Key() string { return r.Namespace + "/" + r.Name }
+
+var healthCheckByService = byString("service", HealthCheck.Key)
+
+// HealthCheckByService finds the health check of the service "namespace/name".
+func HealthCheckByService(key string) statedb.Query[HealthCheck] {
+	return healthCheckByService.Query(key)
+}
+
+func newHealthChecks(db *statedb.DB) (statedb.RWTable[HealthCheck], error) {
+	return statedb.NewTableAny(db, "service-health-checks",
+		func() []string { return []string{"Service", "Port", "LocalEndpoints"} },
+		func(r HealthCheck) []string {
+			return []string{r.Key(), strconv.Itoa(int(r.Port)), strconv.Itoa(r.Endpoints)}
+		}, healthCheckByService)
 }

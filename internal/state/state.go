@@ -21,7 +21,7 @@ type Tables struct {
 	Nodes       statedb.RWTable[Node]          // node: the merged nodes of the cluster
 	IPCache     statedb.RWTable[IPCache]       // node: who is behind a prefix
 	Routes      statedb.RWTable[Route]         // node: wanted routes
-	Warnings    statedb.RWTable[Warning]       // node, ipam: what a person should know
+	Warnings    statedb.RWTable[Warning]       // node, ipam, service: what a person should know
 	TunnelPaths statedb.RWTable[TunnelPath]    // agent: what the kernel has of the way into the tunnel
 	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
 	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
@@ -29,7 +29,9 @@ type Tables struct {
 	Namespaces  statedb.RWTable[Namespace]     // k8s
 	Services    statedb.RWTable[Service]       // k8s
 	Slices      statedb.RWTable[EndpointSlice] // k8s
-	Frontends   statedb.RWTable[Frontend]      // service
+
+	ServicePorts statedb.RWTable[ServicePort] // service: what the datapath is to serve
+	HealthChecks statedb.RWTable[HealthCheck] // service: ports for load balancers' questions
 
 	Identities      statedb.RWTable[Identity]       // k8s: CiliumIdentities
 	PodIdentities   statedb.RWTable[PodIdentity]    // identity: of the pods of this node
@@ -60,7 +62,8 @@ func New() (*Tables, error) {
 		create(db, &t.Namespaces, newNamespaces),
 		create(db, &t.Services, newServices),
 		create(db, &t.Slices, newSlices),
-		create(db, &t.Frontends, newFrontends),
+		create(db, &t.ServicePorts, newServicePorts),
+		create(db, &t.HealthChecks, newHealthChecks),
 		create(db, &t.Identities, newIdentities),
 		create(db, &t.PodIdentities, newPodIdentities),
 		create(db, &t.CiliumEndpoints, newCiliumEndpoints),
@@ -113,6 +116,16 @@ func Delete[Row any](db *statedb.DB, tbl statedb.RWTable[Row], rows ...Row) {
 		mustWrite(tbl.Delete(txn, r))
 	}
 	txn.Commit()
+}
+
+// Put writes a row within txn.
+func Put[Row any](txn statedb.WriteTxn, tbl statedb.RWTable[Row], r Row) {
+	mustWrite(tbl.Insert(txn, r))
+}
+
+// Remove removes a row, found by its key, within txn.
+func Remove[Row any](txn statedb.WriteTxn, tbl statedb.RWTable[Row], r Row) {
+	mustWrite(tbl.Delete(txn, r))
 }
 
 // Replace makes the rows of tbl for which mine holds equal to rows, within txn, and writes only differences.

@@ -4,6 +4,9 @@ package state
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
@@ -39,9 +42,10 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.Identities, Identity{ID: 256, Labels: "k8s:app=x"})
 	Insert(tables.DB, tables.PodIdentities, PodIdentity{Namespace: "a", Name: "b"})
 	Insert(tables.DB, tables.CiliumEndpoints, CiliumEndpoint{Namespace: "a", Name: "b"})
-	Insert(tables.DB, tables.Services, Service{Namespace: "a", Name: "b", Ports: []ServicePort{{}}})
+	Insert(tables.DB, tables.Services, Service{Namespace: "a", Name: "b", Ports: []ServicePortSpec{{}}})
 	Insert(tables.DB, tables.Slices, EndpointSlice{Namespace: "a", Name: "b", Ports: []SlicePort{{}}, Endpoints: []SliceEndpoint{{}}})
-	Insert(tables.DB, tables.Frontends, Frontend{Key: model.Frontend{Addr: netip.MustParseAddr("10.0.0.1")}})
+	Insert(tables.DB, tables.ServicePorts, ServicePort{ID: 1, Frontends: []model.Frontend{{}}, Backends: []model.Backend{{}}})
+	Insert(tables.DB, tables.HealthChecks, HealthCheck{Namespace: "a", Name: "b"})
 	Insert(tables.DB, tables.NodeHealth, NodeHealth{Name: "n", Paths: []model.HealthPath{{Addr: netip.MustParseAddr("10.0.0.1")}}})
 	Insert(tables.DB, tables.Controllers, Controller{Name: "c"})
 	Insert(tables.DB, tables.BadObjects, BadObject{Kind: "k"})
@@ -141,6 +145,58 @@ func TestStageWaitsForItsInputs(t *testing.T) {
 	wait(t, snap.Changed)
 	if snap = desired(); len(snap.Rows) != 0 {
 		t.Errorf("rows are %v", snap.Rows)
+	}
+}
+
+// However a table's changes are read, their sum is the table.
+func TestDesiredChangesAddUpToTheTable(t *testing.T) {
+	for seed := range uint64(20) {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		tables := newTables(t)
+		desired := DesiredChanges(tables.DB, tables.Warnings, func(w Warning) (string, string) { return w.Key, w.Text })
+		got := map[string]string{}
+		first := true
+		read := func() (n int) {
+			snap := desired()
+			if snap.Partial == first || !snap.Complete {
+				t.Fatalf("snapshot is %+v", snap)
+			}
+			first = false
+			for _, k := range snap.Touched {
+				delete(got, k)
+				if v, ok := snap.Rows[k]; ok {
+					got[k] = v
+				}
+			}
+			return len(snap.Touched)
+		}
+		for range 100 {
+			w := Warning{Key: fmt.Sprint(rng.IntN(8)), Text: fmt.Sprint(rng.IntN(100))}
+			if rng.IntN(3) == 0 {
+				Delete(tables.DB, tables.Warnings, w)
+			} else {
+				Insert(tables.DB, tables.Warnings, w)
+			}
+			if rng.IntN(4) == 0 {
+				if n := read(); n > 8 {
+					t.Fatalf("%d changes of 8 rows", n)
+				}
+			}
+		}
+		read()
+		want := map[string]string{}
+		for _, w := range Rows(tables.DB.ReadTxn(), tables.Warnings) {
+			want[w.Key] = w.Text
+		}
+		if !maps.Equal(got, want) {
+			t.Fatalf("seed %d: got %v, want %v", seed, got, want)
+		}
+		if n := read(); n != 0 {
+			t.Errorf("%d changes of a table that did not change", n)
+		}
+		changed := desired().Changed
+		Insert(tables.DB, tables.Warnings, Warning{Key: "x"})
+		wait(t, changed)
 	}
 }
 

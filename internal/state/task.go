@@ -33,7 +33,7 @@ func (t *Task) Run(ctx context.Context, tables *Tables) error {
 	health := reconcile.Health{Name: t.Name}
 	delay := taskRetryMin
 	for {
-		chans, _ := watch(tables.DB.ReadTxn(), t.Inputs)
+		chans, _ := Watch(tables.DB.ReadTxn(), t.Inputs)
 		err := t.Do(ctx)
 		if ctx.Err() != nil {
 			return nil

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package build makes the programs that a sandbox runs, once, from their Go modules: Kubernetes, etcd,
-// CoreDNS, and the small programs of the test image. It owns DIR/bin and DIR/src of the cache, keyed by
+// CoreDNS, the small programs of the test image, and, for conformance, the e2e suite. It owns DIR/bin and DIR/src of the cache, keyed by
 // version, so that a new version never meets an old binary.
 package build
 
@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,7 +36,17 @@ var sources embed.FS
 // Cache is the directory that keeps what was built, e.g. /var/cache/lash-sandbox.
 type Cache string
 
+// Set is a group of programs that are needed together.
+type Set int
+
+// Sets of programs.
+const (
+	Cluster     Set = iota // what every sandbox runs
+	Conformance            // the Kubernetes e2e suite and the programs of its images
+)
+
 type program struct {
+	set                        Set
 	name, source, pkg, version string
 	seconds                    int // CPU seconds when nothing is cached, for the progress line
 }
@@ -43,17 +54,27 @@ type program struct {
 func programs() []program {
 	local := hash("src/toolbox/main.go", "src/pause/main.go")
 	k := func(name string, s int) program {
-		return program{name, "k8s", "k8s.io/kubernetes/cmd/" + name, Kubernetes, s}
+		return program{Cluster, name, "k8s", "k8s.io/kubernetes/cmd/" + name, Kubernetes, s}
+	}
+	e2e := func(name, pkg string, s int) program {
+		return program{Conformance, name, "k8s", pkg, Kubernetes, s}
 	}
 	return []program{
-		{"pause", "pause", ".", local, 3},
-		{"toolbox", "toolbox", ".", local, 10},
-		{"etcd", "etcd", ".", Etcd, 60},
+		{Cluster, "pause", "pause", ".", local, 3},
+		{Cluster, "toolbox", "toolbox", ".", local, 10},
+		{Cluster, "etcd", "etcd", ".", Etcd, 60},
 		k("kube-apiserver", 300), k("kubelet", 70), k("kube-controller-manager", 40),
 		k("kube-scheduler", 10), k("kubectl", 35), k("kube-proxy", 10),
-		{"coredns", "coredns", ".", CoreDNS, 60},
+		{Cluster, "coredns", "coredns", ".", CoreDNS, 60},
+		e2e(E2E, "k8s.io/kubernetes/test/e2e", 140),
+		e2e("ginkgo", "github.com/onsi/ginkgo/v2/ginkgo", 15),
+		e2e("agnhost", "k8s.io/kubernetes/test/images/agnhost", 20),
+		e2e("regression-issue-74839", "k8s.io/kubernetes/test/images/regression-issue-74839", 3),
 	}
 }
+
+// E2E is the Kubernetes e2e suite: a test binary, compiled by `go test`.
+const E2E = "e2e.test"
 
 // hash is a version made of the sources themselves.
 func hash(files ...string) string {
@@ -82,22 +103,27 @@ func (c Cache) path(p program) string {
 	return filepath.Join(string(c), "bin", p.source+"-"+p.version, p.name)
 }
 
-// Missing lists the programs that are not built yet.
-func (c Cache) Missing() []string {
+// Missing lists the programs of a set that are not built yet.
+func (c Cache) Missing(set Set) []string {
 	var names []string
-	for _, p := range programs() {
-		if _, err := os.Stat(c.path(p)); err != nil {
-			names = append(names, p.name)
-		}
+	for _, p := range c.missing(set) {
+		names = append(names, p.name)
 	}
 	return names
 }
 
-// Ensure builds what is missing; say gets one line before and after each program. Two calls at once,
+func (c Cache) missing(set Set) []program {
+	return slices.DeleteFunc(programs(), func(p program) bool {
+		_, err := os.Stat(c.path(p))
+		return p.set != set || err == nil
+	})
+}
+
+// Ensure builds what is missing of a set; say gets one line before and after each program. Two calls at once,
 // from any process, build everything once. An interrupted build leaves no program behind and goes on
 // from Go's own build cache the next time.
-func (c Cache) Ensure(ctx context.Context, say func(format string, args ...any)) error {
-	if len(c.Missing()) == 0 {
+func (c Cache) Ensure(ctx context.Context, set Set, say func(format string, args ...any)) error {
+	if len(c.missing(set)) == 0 {
 		return nil
 	}
 	if _, err := exec.LookPath("go"); err != nil {
@@ -108,17 +134,13 @@ func (c Cache) Ensure(ctx context.Context, say func(format string, args ...any))
 		return err
 	}
 	defer unlock()
-	missing := c.Missing()
-	for _, p := range programs() {
-		if _, err := os.Stat(c.path(p)); err == nil {
-			continue
-		}
-		say("building %s %s (%d to go; up to %d s of CPU time the first time)", p.name, p.version, len(missing), p.seconds)
+	missing := c.missing(set)
+	for i, p := range missing {
+		say("building %s %s (%d to go; up to %d s of CPU time the first time)", p.name, p.version, len(missing)-i, p.seconds)
 		start := time.Now()
 		if err := c.one(ctx, p); err != nil {
 			return err
 		}
-		missing = missing[1:]
 		if st, err := os.Stat(c.path(p)); err == nil {
 			say("built %s in %.0f s, %d MiB", p.name, time.Since(start).Seconds(), st.Size()>>20)
 		}
@@ -168,7 +190,11 @@ func (c Cache) one(ctx context.Context, p program) error {
 	}
 	tmp := out + ".new"
 	defer os.Remove(tmp)
-	cmd := exec.CommandContext(ctx, "nice", "-n", "10", "go", "build", "-ldflags", ldflags(p), "-o", tmp, p.pkg)
+	compile := []string{"-n", "10", "go", "build"}
+	if p.name == E2E {
+		compile = []string{"-n", "10", "go", "test", "-c"}
+	}
+	cmd := exec.CommandContext(ctx, "nice", append(compile, "-ldflags", ldflags(p), "-o", tmp, p.pkg)...)
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Dir = src

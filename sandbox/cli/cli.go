@@ -62,7 +62,7 @@ knows nothing about pods. Services are 10.96.0.0/16 and fd00:10:96::/112.`,
 	}
 	root.PersistentFlags().StringVar(&a.name, "name", def, "which sandbox; several may run side by side (default from $"+NameVariable+")")
 	root.AddCommand(a.up(), a.down(), a.status(), a.kubeconfig(), a.kubectl(), a.exec(), a.load(),
-		a.addNode(), a.removeNode(), a.kill(), a.restart(), a.startStop("start"), a.startStop("stop"), a.logs(), a.prepare(), a.deps())
+		a.addNode(), a.removeNode(), a.kill(), a.restart(), a.startStop("start"), a.startStop("stop"), a.logs(), a.prepare(), a.deps(), a.conformance())
 	a.addDemo(root)
 	root.SetArgs(args)
 	return root.ExecuteContext(ctx)
@@ -258,7 +258,7 @@ func (a *app) deps() *cobra.Command {
 		Short: "Install the Debian packages that a sandbox needs (up does it by itself)",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := deps.Ensure(cmd.Context(), a.say); err != nil {
+			if err := deps.Cluster.Ensure(cmd.Context(), a.say); err != nil {
 				return err
 			}
 			a.say("every package is installed")

@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -38,7 +37,7 @@ func (c *Cluster) createNode(name, golden string) error {
 	v4, v6 := plan.NodeAddrs(i)
 	s := node.Spec{
 		Name: name, Dir: c.nodeDir(name), IP4: v4, IP6: v6, Gateway4: plan.Gateway4, Gateway6: plan.Gateway6,
-		Zone: "zone-" + strconv.Itoa(i), Proxy: c.Proxy, Pods: []netip.Prefix{plan.Pods4, plan.Pods6}, DNS: plan.DNS4,
+		Zone: plan.Zone(i), Proxy: c.Proxy, Pods: []netip.Prefix{plan.Pods4, plan.Pods6}, DNS: plan.DNS4,
 		APIServer: apiServerURL(), APIHost: plan.ControlPlane4, Sandbox: image.Pause,
 		Kubelet: c.cache.Bin("kubelet"), KubeProxy: c.cache.Bin("kube-proxy"), MaxPods: maxPods,
 	}

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/lash-net/lash/sandbox/build"
 	"github.com/lash-net/lash/sandbox/deps"
 	"github.com/lash-net/lash/sandbox/image"
 	"github.com/lash-net/lash/sandbox/plan"
@@ -52,10 +53,10 @@ func (o Options) Check() error {
 
 // Prepare makes everything that all sandboxes share: packages, programs, images. It is slow once.
 func (c *Cluster) Prepare(ctx context.Context) (golden string, err error) {
-	if err := deps.Ensure(ctx, c.Say); err != nil {
+	if err := deps.Cluster.Ensure(ctx, c.Say); err != nil {
 		return "", err
 	}
-	if err := c.cache.Ensure(ctx, c.Say); err != nil {
+	if err := c.cache.Ensure(ctx, build.Cluster, c.Say); err != nil {
 		return "", err
 	}
 	return c.golden(ctx)

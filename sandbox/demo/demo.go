@@ -10,14 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/lash-net/lash/sandbox/cluster"
+	"github.com/lash-net/lash/sandbox/testbed"
 )
 
 //go:embed workloads.yaml
@@ -25,19 +22,13 @@ var workloads string
 
 // Options of Run.
 type Options struct {
-	With  string   // pod network: "lash" or "bridge"
-	Lash  string   // path of the lash program, with --with lash
-	Image string   // path of Lash's image archive, with --with lash
-	Mode  string   // with "lash": one of Modes
-	Set   []string // chart values for `lash install --set`
-	Fresh bool     // always start from an empty cluster
+	testbed.Options
 	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
 	Resilience bool
 	Switch     bool // also pass to the other mode and back, five times under traffic
 	// WriteGolden is a directory to write golden files to instead of comparing with them; empty: compare.
 	WriteGolden string
 	Out         io.Writer
-	Say         func(format string, args ...any)
 }
 
 const (
@@ -64,30 +55,19 @@ func Run(ctx context.Context, name string, o Options) error {
 }
 
 func run(ctx context.Context, name string, o Options) (passed, failed int, err error) {
-	c, err := start(ctx, name, o)
+	o.Nodes = nodes
+	c, err := testbed.Up(ctx, name, o.Options)
 	if err != nil {
 		return 0, 0, err
 	}
 	defer c.Unlock()
-	if o.With == "lash" {
-		if err := install(ctx, c, o); err != nil {
-			return 0, 0, err
-		}
-	}
-	if err := c.WaitNodesReady(ctx, 120*time.Second); err != nil {
-		return 0, 0, fmt.Errorf("%w\n%s", err, podsOverview(ctx, c))
-	}
-	o.Say("nodes Ready")
 	if _, err := c.KubectlInput(ctx, workloads, "apply", "-f", "-"); err != nil {
 		return 0, 0, err
 	}
 	for _, d := range []string{"ds/web", "ds/client"} {
 		if _, err := c.Kubectl(ctx, "-n", "demo", "rollout", "status", d, "--timeout=120s"); err != nil {
-			return 0, 0, fmt.Errorf("%w\n%s", err, podsOverview(ctx, c))
+			return 0, 0, fmt.Errorf("%w\n%s", err, testbed.Overview(ctx, c))
 		}
-	}
-	if _, err := c.Kubectl(ctx, "-n", "kube-system", "rollout", "status", "deploy/coredns", "--timeout=120s"); err != nil {
-		return 0, 0, fmt.Errorf("%w\n%s", err, podsOverview(ctx, c))
 	}
 	o.Say("workloads Ready")
 	w, err := look(ctx, c)
@@ -108,112 +88,6 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 		passed, failed = passed+p, failed+f
 	}
 	return passed, failed, nil
-}
-
-// start reuses a cluster that fits, and makes a new one otherwise. It is locked.
-func start(ctx context.Context, name string, o Options) (*cluster.Cluster, error) {
-	opts := cluster.Options{Nodes: nodes, Proxy: "none", CNI: "none", DNS: 2}
-	if o.With == "bridge" {
-		opts.Proxy, opts.CNI = "iptables", "bridge"
-	}
-	c, err := cluster.Open(name, o.Say)
-	if err == nil {
-		if err := c.TryLock(); err != nil {
-			return nil, err
-		}
-		if why := misfit(ctx, c, opts); why != "" || o.Fresh {
-			if why == "" {
-				why = "a fresh one was asked for"
-			}
-			o.Say("a cluster %q is up, but %s: making a new one", name, why)
-			err := c.Down(ctx)
-			c.Unlock()
-			if err != nil {
-				return nil, err
-			}
-		} else {
-			o.Say("a cluster %q of %d nodes is up already: using it (--fresh makes a new one)", name, nodes)
-			return c, nil
-		}
-	} else if !errors.Is(err, cluster.ErrNotUp) {
-		return nil, err
-	}
-	if c, err = cluster.New(name, o.Say); err != nil {
-		return nil, err
-	}
-	err = c.Up(ctx, opts)
-	if err != nil && ctx.Err() != nil {
-		o.Say("interrupted: cleaning up")
-		return nil, errors.Join(errors.New("interrupted"), c.Down(context.WithoutCancel(ctx)))
-	}
-	if err != nil {
-		return nil, err
-	}
-	return c, c.TryLock()
-}
-
-func misfit(ctx context.Context, c *cluster.Cluster, o cluster.Options) string {
-	s := c.Status(ctx)
-	switch {
-	case !c.Whole:
-		return "its start was cut short"
-	case !s.Ready:
-		return "its API server is not ready"
-	case len(c.Nodes) != o.Nodes:
-		return fmt.Sprintf("it has %d nodes", len(c.Nodes))
-	case c.CNI != o.CNI || c.Proxy != o.Proxy:
-		return fmt.Sprintf("it was started with --cni %s --proxy %s", c.CNI, c.Proxy)
-	case slices.ContainsFunc(s.Machines, func(m cluster.NodeStatus) bool { return !m.Running }):
-		return "one of its nodes is stopped"
-	case slices.ContainsFunc(s.Components, func(p cluster.ProcessStatus) bool { return !p.Running }):
-		return "a part of its control plane is stopped"
-	}
-	return ""
-}
-
-// install puts Lash on the cluster with its own installer, as on any cluster.
-func install(ctx context.Context, c *cluster.Cluster, o Options) error {
-	for _, f := range []string{o.Lash, o.Image} {
-		if _, err := os.Stat(f); err != nil {
-			return fmt.Errorf("%w (make it with `make build image`)", err)
-		}
-	}
-	if err := c.Load(ctx, o.Image); err != nil {
-		return err
-	}
-	o.Say("image loaded")
-	verb := "install"
-	if _, err := c.Kubectl(ctx, "-n", "kube-system", "get", "ds/lash"); err == nil {
-		verb = "upgrade"
-	}
-	args := []string{verb, "--kubeconfig", c.Kubeconfig(false), "--set", Modes[o.Mode]}
-	for _, s := range o.Set {
-		args = append(args, "--set", s)
-	}
-	if out, err := exec.CommandContext(ctx, o.Lash, args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("lash %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
-	}
-	if verb == "upgrade" { // the image may be new under its old name
-		if _, err := c.Kubectl(ctx, "-n", "kube-system", "rollout", "restart", "ds/lash", "deploy/lash-operator"); err != nil {
-			return err
-		}
-	}
-	for _, what := range []string{"ds/lash", "deploy/lash-operator"} {
-		if _, err := c.Kubectl(ctx, "-n", "kube-system", "rollout", "status", what, "--timeout=120s"); err != nil {
-			return fmt.Errorf("%w\n%s", err, podsOverview(ctx, c))
-		}
-	}
-	o.Say("Lash is installed and Ready")
-	return nil
-}
-
-// podsOverview is what one looks at first when something does not become Ready.
-func podsOverview(ctx context.Context, c *cluster.Cluster) string {
-	ctx = context.WithoutCancel(ctx)
-	pods, _ := c.Kubectl(ctx, "get", "nodes,pods", "-A", "-o", "wide")
-	events, _ := c.Kubectl(ctx, "get", "events", "-A", "--field-selector=type=Warning", "--sort-by=.lastTimestamp")
-	lines := strings.Split(strings.TrimSpace(events), "\n")
-	return pods + "\n" + strings.Join(lines[max(0, len(lines)-15):], "\n")
 }
 
 // check is one thing that must hold; do is retried until it does or patience ends.

@@ -23,6 +23,7 @@ type wanted struct {
 	custom    []string                  // names of CiliumNodes
 	pods      map[netip.Addr]podFacts   // by each address; without those of the host's network
 	frontends map[string]bool           // ADDR:PORT/PROTO
+	vips      map[string]bool           // addresses of the frontends
 	backends  map[netip.AddrPort]string // protocols are those of their service
 	ready     map[netip.AddrPort]bool   // of the backends
 }
@@ -189,6 +190,10 @@ func (w wanted) compare(node string, k kernel, h history) []string {
 	for _, row := range k.tables["lb"] {
 		frontend, _, _ := strings.Cut(row[0], " ")
 		services[frontend] = true
+		at, address := strings.CutSuffix(frontend, ":0/ANY")
+		if address && w.vips[at] {
+			continue
+		}
 		if !w.frontends[frontend] {
 			left("row of bpf lb %s: there is no such service", row[0])
 		}
@@ -202,7 +207,7 @@ func (w wanted) compare(node string, k kernel, h history) []string {
 			missing("row of bpf lb %s", f)
 		}
 	}
-	for table, columns := range map[string][]int{"ct": {1, 2}, "nat": {2, 3}, "socket": {1}} {
+	for table, columns := range map[string][]int{"ct": {1, 2}, "nat": {2, 4}, "socket": {1}} {
 		for _, row := range k.tables[table] {
 			for _, c := range columns {
 				a := addrPort(row[c])
@@ -348,10 +353,11 @@ func readWanted(ctx context.Context, c *cluster.Cluster) (wanted, error) {
 }
 
 func parseWanted(list []byte) (wanted, error) {
-	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, backends: map[netip.AddrPort]string{},
+	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, vips: map[string]bool{}, backends: map[netip.AddrPort]string{},
 		ready: map[netip.AddrPort]bool{}}
 	type port struct {
 		Port     uint16
+		NodePort uint16
 		Protocol string
 	}
 	var objects struct {
@@ -404,6 +410,14 @@ func parseWanted(list []byte) (wanted, error) {
 				for _, p := range o.Spec.Ports {
 					if a := address(ip); a.IsValid() { // not None
 						w.frontends[fmt.Sprintf("%s/%s", netip.AddrPortFrom(a, p.Port), p.Protocol)] = true
+						w.vips[strings.TrimSuffix(netip.AddrPortFrom(a, 0).String(), ":0")] = true
+						if p.NodePort != 0 {
+							every := netip.IPv4Unspecified()
+							if a.Is6() {
+								every = netip.IPv6Unspecified()
+							}
+							w.frontends[fmt.Sprintf("%s/%s", netip.AddrPortFrom(every, p.NodePort), p.Protocol)] = true
+						}
 					}
 				}
 			}

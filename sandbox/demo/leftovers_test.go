@@ -32,9 +32,9 @@ const healthy = `
 {"name": "endpoint", "rows": [["10.0.0.1", "(localhost)"], ["10.0.0.2", "id=1"], ["172.18.0.11", "(localhost)"]]}
 {"name": "device", "rows": [["2", "eth0", "network", "172.18.0.11", "", ""], ["7", "lxcaaaaaaaaaaaa", "pod", "10.0.0.2", "", ""]]}
 {"name": "ipcache", "rows": [["0.0.0.0/0", "identity=2 tunnelendpoint=0.0.0.0 flags=<none>"], ["10.0.0.2/32", "identity=5 tunnelendpoint=0.0.0.0 flags=<none>"], ["10.0.1.0/24", "identity=2 tunnelendpoint=172.18.0.12 flags=<none>"], ["172.18.0.12/32", "identity=6 tunnelendpoint=0.0.0.0 flags=<none>"], ["fe80::1/128", "identity=1 tunnelendpoint=0.0.0.0 flags=<none>"]]}
-{"name": "lb", "rows": [["10.96.0.7:80/TCP (0)", "2 backends (1) (0) [ClusterIP, non-routable]"], ["10.96.0.7:80/TCP (1)", "10.0.0.2:8080/TCP (1) (1)"], ["10.96.0.7:80/TCP (2)", "10.0.1.2:8080/TCP (1) (2)"]]}
+{"name": "lb", "rows": [["10.96.0.7:0/ANY (0)", "0.0.0.0:0 (0) (0) [address, non-routable]"], ["10.96.0.7:80/TCP (0)", "0.0.0.0:0 (1) (0) [2 backends, non-routable]"], ["10.96.0.7:80/TCP (1)", "10.0.0.2:8080/TCP (1) (1)"], ["10.96.0.7:80/TCP (2)", "10.0.1.2:8080/TCP (1) (2)"]]}
 {"name": "ct", "rows": [["TCP", "10.0.0.2:4000", "10.0.1.2:8080", "established"], ["TCP", "10.0.0.2:4001", "172.18.0.200:80", "established"]]}
-{"name": "nat", "rows": [["TCP", "172.18.0.11:2000", "172.18.0.200:80", "10.0.0.2:4001"]]}
+{"name": "nat", "rows": [["TCP", "OUT", "10.0.0.2:4001", "->", "172.18.0.200:80", "XLATE_SRC 172.18.0.11:2000", "", "10.0.0.2:4001"]]}
 {"name": "socket", "rows": [["1", "10.0.1.2:8080", "10.96.0.7:80", "1"]]}
 "lxcaaaaaaaaaaaa-from_container"
 "eth0-to_netdev"
@@ -75,7 +75,7 @@ func TestLeftoversAreFoundAndNamed(t *testing.T) {
 		"slot of no service":        {`{"name": "lb", "rows": [`, `{"name": "lb", "rows": [["(no service) (1)", "10.0.1.2:8080/TCP (9) (1)"], `, "n1: left: row of bpf lb (no service) (1): there is no such service"},
 		"connection to a gone pod":  {`"10.0.1.2:8080", "established"`, `"10.0.2.5:8080", "established"`, "n1: left: row of bpf ct TCP 10.0.0.2:4000 10.0.2.5:8080 established (pod demo/d of node n3)"},
 		"connection of a gone pod":  {`"10.0.0.2:4000"`, `"10.0.0.77:4000"`, "n1: left: row of bpf ct TCP 10.0.0.77:4000 10.0.1.2:8080 established (pod CIDR of node n1)"},
-		"translation of a gone pod": {`"10.0.0.2:4001"]]`, `"10.0.0.3:4001"]]`, "n1: left: row of bpf nat TCP 172.18.0.11:2000 172.18.0.200:80 10.0.0.3:4001 (pod demo/c of node n1)"},
+		"translation of a gone pod": {`"OUT", "10.0.0.2:4001"`, `"OUT", "10.0.0.3:4001"`, "n1: left: row of bpf nat TCP OUT 10.0.0.3:4001 -> (pod demo/c of node n1)"},
 		"socket":                    {`["1", "10.0.1.2:8080"`, `["1", "172.18.0.13:8080"`, "n1: left: row of bpf socket 1 172.18.0.13:8080 10.96.0.7:80 1 (node n3)"},
 	} {
 		text := strings.Replace(healthy, c.old, c.new, 1)

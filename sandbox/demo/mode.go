@@ -12,12 +12,11 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/lash-net/lash/sandbox/testbed"
 )
 
-// Modes are how packets travel between nodes, and the chart value for it.
-var Modes = map[string]string{"vxlan": "routingMode=tunnel", "native": "routingMode=native"}
-
-// oldSpelling says the same in the words of older charts.
+// oldSpelling says what testbed.Modes says in the words of older charts.
 var oldSpelling = map[string]string{"vxlan": "tunnel=vxlan", "native": "tunnel=disabled"}
 
 const (
@@ -226,7 +225,7 @@ func checkSwitch(ctx context.Context, w *world, o Options) (passed, failed int) 
 	other := map[string]string{"vxlan": "native", "native": "vxlan"}[o.Mode]
 	for i := range switches {
 		for j, mode := range []string{other, o.Mode} {
-			set := Modes[mode]
+			set := testbed.Modes[mode]
 			if i%2 == 1 {
 				set = oldSpelling[mode]
 			}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/lash-net/lash/sandbox/plan"
+	"github.com/lash-net/lash/sandbox/testbed"
 )
 
 // How long agents and the API server stay away, and how long a step may take besides.
@@ -400,7 +401,7 @@ func (r *resilience) settled(ctx context.Context) (*world, error) {
 	}
 	for _, what := range [][2]string{{"kube-system", "ds/lash"}, {"kube-system", "deploy/coredns"}, {"demo", "ds/web"}, {"demo", "ds/client"}} {
 		if err := r.kubectl(ctx, "-n", what[0], "rollout", "status", what[1], "--timeout=90s"); err != nil {
-			return nil, fmt.Errorf("%w\n%s", err, podsOverview(ctx, r.c))
+			return nil, fmt.Errorf("%w\n%s", err, testbed.Overview(ctx, r.c))
 		}
 	}
 	now, err := look(ctx, r.c)

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/lash-net/lash/sandbox/testbed"
 )
 
 // seen is what two pings look like where captures are taken, in a mode.
@@ -42,7 +44,7 @@ func seen(mode string) map[string][]frame {
 
 func TestWhatIsSeenOnTheWireIsJudged(t *testing.T) {
 	ids := map[bool]uint32{false: 1000, true: 2000}
-	for mode := range Modes {
+	for mode := range testbed.Modes {
 		if err := judge(mode, seen(mode), ids); err != nil {
 			t.Errorf("%s: %v", mode, err)
 		}

@@ -12,8 +12,17 @@ import (
 	"strings"
 )
 
-// need maps a program (a name in PATH, or a path) to the Debian package that has it.
-var need = map[string]string{
+// Need maps a program (a name in PATH, or a path) to the Debian package that has it.
+type Need map[string]string
+
+// Conformance is what the images of the e2e suite have besides.
+var Conformance = Need{
+	"wget":  "wget",
+	"iperf": "iperf",
+}
+
+// Cluster is what every sandbox needs.
+var Cluster = Need{
 	"containerd":                         "containerd",
 	"ctr":                                "containerd",
 	"runc":                               "runc",
@@ -42,7 +51,7 @@ var need = map[string]string{
 }
 
 // Missing lists the packages whose programs this machine lacks.
-func Missing() []string {
+func (need Need) Missing() []string {
 	set := map[string]bool{}
 	for prog, pkg := range need {
 		var err error
@@ -64,8 +73,8 @@ func Missing() []string {
 }
 
 // Ensure installs what is missing with apt-get. The services of the packages are not started.
-func Ensure(ctx context.Context, say func(string, ...any)) error {
-	missing := Missing()
+func (need Need) Ensure(ctx context.Context, say func(string, ...any)) error {
+	missing := need.Missing()
 	if len(missing) == 0 {
 		return nil
 	}
@@ -82,7 +91,7 @@ func Ensure(ctx context.Context, say func(string, ...any)) error {
 			return err
 		}
 	}
-	if left := Missing(); len(left) > 0 {
+	if left := need.Missing(); len(left) > 0 {
 		return fmt.Errorf("packages %s are installed, but their programs are not in PATH (%s)", strings.Join(left, " "), os.Getenv("PATH"))
 	}
 	return nil

@@ -125,31 +125,45 @@ func (t *Tree) layer(w io.Writer) error {
 	return tw.Close()
 }
 
-// Write writes the tree as a docker-archive of one image with all tags.
-func (t *Tree) Write(w io.Writer, arch string, cfg Config, tags ...string) error {
+// Image is a configuration of a tree, and its names.
+type Image struct {
+	Config Config
+	Tags   []string
+}
+
+// Write writes the tree as a docker-archive: images that share it as their one layer.
+func (t *Tree) Write(w io.Writer, arch string, images ...Image) error {
 	var layer bytes.Buffer
 	if err := t.layer(&layer); err != nil {
 		return err
 	}
 	sum := sha256.Sum256(layer.Bytes())
 	epoch := time.Unix(0, 0).UTC().Format(time.RFC3339)
-	config, err := json.Marshal(map[string]any{
-		"architecture": arch, "os": "linux", "created": epoch, "config": cfg,
-		"rootfs":  map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hex.EncodeToString(sum[:])}},
-		"history": []any{map[string]string{"created": epoch, "created_by": "sandbox"}},
-	})
-	if err != nil {
-		return err
+	type file struct {
+		name string
+		data []byte
 	}
-	manifest, err := json.Marshal([]any{map[string]any{"Config": "config.json", "RepoTags": tags, "Layers": []string{"layer.tar"}}})
+	var manifest []any
+	files := []file{{"layer.tar", layer.Bytes()}}
+	for i, img := range images {
+		config, err := json.Marshal(map[string]any{
+			"architecture": arch, "os": "linux", "created": epoch, "config": img.Config,
+			"rootfs":  map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hex.EncodeToString(sum[:])}},
+			"history": []any{map[string]string{"created": epoch, "created_by": "sandbox"}},
+		})
+		if err != nil {
+			return err
+		}
+		name := fmt.Sprintf("config%d.json", i)
+		manifest = append(manifest, map[string]any{"Config": name, "RepoTags": img.Tags, "Layers": []string{"layer.tar"}})
+		files = append(files, file{name, config})
+	}
+	list, err := json.Marshal(manifest)
 	if err != nil {
 		return err
 	}
 	tw := tar.NewWriter(w)
-	for _, f := range []struct {
-		name string
-		data []byte
-	}{{"manifest.json", manifest}, {"config.json", config}, {"layer.tar", layer.Bytes()}} {
+	for _, f := range append(files, file{"manifest.json", list}) {
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o644, Size: int64(len(f.data)), ModTime: time.Unix(0, 0)}
 		if err := tw.WriteHeader(h); err != nil {
 			return err

@@ -21,45 +21,56 @@ const (
 	Toolbox = "sandbox.local/toolbox:1"
 )
 
+const busybox = "/bin/busybox"
+
 const searchPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // hostTools go into the toolbox image with the libraries they load. sh is dash: busybox's own shell
 // prefers its applets (an nc without -u) to what PATH finds.
 var hostTools = []string{"dash", "bash", "curl", "nc.openbsd", "ip", "ss", "ping", "dig", "nslookup", "host", "getent", "tcpdump", "ethtool", "conntrack", "iptables-save", "nft"}
 
-// Ensure writes the sandbox's image archives into dir unless they are there;
-// each file name carries a hash of what it is made of. bin finds the built programs.
+// recipe of an archive: what it is made of, how, and the images that it holds.
+type recipe struct {
+	name   string
+	inputs []string
+	images []Image
+	make   func() (*Tree, error)
+	layout string // what else tells one archive of the recipe from another
+}
+
+// Ensure writes the sandbox's image archives into dir unless they are there; bin finds the built programs.
 func Ensure(dir string, bin func(string) string, say func(string, ...any)) (archives []string, err error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	type recipe struct {
-		name   string
-		inputs []string
-		tag    string
-		cfg    Config
-		make   func() (*Tree, error)
-	}
-	tools, err := lookTools()
+	tools, err := lookTools(hostTools)
 	if err != nil {
 		return nil, err
 	}
-	env := []string{searchPath}
-	recipes := []recipe{
-		{"pause", []string{bin("pause")}, Pause, Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}, func() (*Tree, error) {
+	one := func(tag string, cfg Config) []Image { return []Image{{cfg, []string{tag}}} }
+	return ensure(dir, say, []recipe{
+		{name: "pause", inputs: []string{bin("pause")}, images: one(Pause, Config{Entrypoint: []string{"/pause"}, User: "65535:65535"}), make: func() (*Tree, error) {
 			t := New()
 			return t, t.Copy("/pause", bin("pause"), 0o755)
 		}},
-		{"coredns", []string{bin("coredns")}, CoreDNS, Config{Entrypoint: []string{"/coredns"}}, func() (*Tree, error) {
+		{name: "coredns", inputs: []string{bin("coredns")}, images: one(CoreDNS, Config{Entrypoint: []string{"/coredns"}}), make: func() (*Tree, error) {
 			t := base()
 			return t, t.Copy("/coredns", bin("coredns"), 0o755)
 		}},
-		{"toolbox", append([]string{bin("toolbox"), "/bin/busybox"}, tools...), Toolbox, Config{Entrypoint: []string{"/bin/toolbox"}, Cmd: []string{"pause"}, Env: env}, func() (*Tree, error) {
-			return toolbox(bin("toolbox"), tools)
+		{name: "toolbox", inputs: append([]string{bin("toolbox"), busybox}, tools...), images: one(Toolbox, Config{Entrypoint: []string{"/bin/toolbox"}, Cmd: []string{"pause"}, Env: []string{searchPath}}), make: func() (*Tree, error) {
+			t, err := shell(tools)
+			if err != nil {
+				return nil, err
+			}
+			return t, t.Copy("/bin/toolbox", bin("toolbox"), 0o755)
 		}},
+	})
+}
+
+// ensure makes the archives that are missing; each file name carries a hash of what it is made of.
+func ensure(dir string, say func(string, ...any), recipes []recipe) (archives []string, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
 	}
 	for _, r := range recipes {
-		key, err := stamp(r.inputs)
+		key, err := stamp(r)
 		if err != nil {
 			return nil, err
 		}
@@ -68,13 +79,13 @@ func Ensure(dir string, bin func(string) string, say func(string, ...any)) (arch
 		if _, err := os.Stat(out); err == nil {
 			continue
 		}
-		say("making image %s", r.tag)
+		say("making image %s", r.images[0].Tags[0])
 		t, err := r.make()
 		if err != nil {
-			return nil, fmt.Errorf("image %s: %w", r.tag, err)
+			return nil, fmt.Errorf("image %s: %w", r.name, err)
 		}
-		if err := writeArchive(out, t, r.cfg, r.tag); err != nil {
-			return nil, fmt.Errorf("image %s: %w", r.tag, err)
+		if err := writeArchive(out, t, r.images); err != nil {
+			return nil, fmt.Errorf("image %s: %w", r.name, err)
 		}
 		old, _ := filepath.Glob(filepath.Join(dir, r.name+"-*.tar"))
 		for _, f := range old {
@@ -86,13 +97,13 @@ func Ensure(dir string, bin func(string) string, say func(string, ...any)) (arch
 	return archives, nil
 }
 
-func writeArchive(out string, t *Tree, cfg Config, tag string) error {
+func writeArchive(out string, t *Tree, images []Image) error {
 	f, err := os.CreateTemp(filepath.Dir(out), ".new-*")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
-	if err := t.Write(f, runtime.GOARCH, cfg, tag); err != nil {
+	if err := t.Write(f, runtime.GOARCH, images...); err != nil {
 		f.Close()
 		return err
 	}
@@ -104,10 +115,13 @@ func writeArchive(out string, t *Tree, cfg Config, tag string) error {
 
 // stamp identifies inputs by path, size and time, which is enough to notice an upgrade and needs no
 // reading of hundreds of megabytes at each start.
-func stamp(files []string) (string, error) {
+func stamp(r recipe) (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, "layout 1")
-	for _, f := range files {
+	if r.layout != "" {
+		fmt.Fprintln(h, r.layout)
+	}
+	for _, f := range r.inputs {
 		st, err := os.Stat(f)
 		if err != nil {
 			return "", err
@@ -117,9 +131,9 @@ func stamp(files []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:12], nil
 }
 
-func lookTools() ([]string, error) {
+func lookTools(names []string) ([]string, error) {
 	var found, missing []string
-	for _, n := range hostTools {
+	for _, n := range names {
 		p, err := exec.LookPath(n)
 		if err != nil {
 			missing = append(missing, n)
@@ -148,24 +162,22 @@ func base() *Tree {
 
 var lddPath = regexp.MustCompile(`/[^ ]+`)
 
-func toolbox(server string, tools []string) (*Tree, error) {
+// shell is a root with busybox and programs of this machine, and the libraries that those load.
+func shell(tools []string) (*Tree, error) {
 	t := base()
 	for _, d := range []string{"/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/sbin"} {
 		t.Link(d, "/bin")
 	}
-	if err := t.Copy("/bin/toolbox", server, 0o755); err != nil {
+	if err := t.Copy("/bin/busybox", busybox, 0o755); err != nil {
 		return nil, err
 	}
-	if err := t.Copy("/bin/busybox", "/bin/busybox", 0o755); err != nil {
-		return nil, err
-	}
-	applets, err := exec.Command("/bin/busybox", "--list").Output()
+	applets, err := exec.Command(busybox, "--list").Output()
 	if err != nil {
 		return nil, fmt.Errorf("busybox --list: %w", err)
 	}
 	for _, a := range strings.Fields(string(applets)) {
 		if a != "busybox" && a != "wget" { // the static busybox's wget crashes without name service libraries
-			t.Link("/bin/"+a, "/bin/busybox")
+			t.Link("/bin/"+a, busybox)
 		}
 	}
 	for _, tool := range tools {

@@ -98,6 +98,9 @@ func NodeIndex(name string) (int, error) {
 	return i, nil
 }
 
+// Zone of node number i: there are three, taken in turn.
+func Zone(i int) string { return "zone-" + strconv.Itoa((i-1)%3+1) }
+
 // NodeAddrs are the underlay addresses of node number i.
 func NodeAddrs(i int) (v4, v6 netip.Addr) {
 	return netip.AddrFrom4([4]byte{172, 18, 0, byte(10 + i)}),

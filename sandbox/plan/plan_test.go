@@ -75,3 +75,11 @@ func TestSandboxNames(t *testing.T) {
 		}
 	}
 }
+
+func TestNodesTakeTheZonesInTurn(t *testing.T) {
+	for i, want := range map[int]string{1: "zone-1", 3: "zone-3", 4: "zone-1", MaxNodes: "zone-3"} {
+		if got := Zone(i); got != want {
+			t.Errorf("node %d is in %s, want %s", i, got, want)
+		}
+	}
+}

@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/testutil"
 )
 
@@ -235,42 +234,6 @@ func TestSweepRemovesWhatIsGone(t *testing.T) {
 		s, err = n.dp.Sweep(ctx)
 		if err == nil && s.Orphaned+s.Expired != 0 {
 			err = fmt.Errorf("the second sweep found %+v", s)
-		}
-		return err
-	})
-}
-
-func TestServiceRowsAreReadBackAsWritten(t *testing.T) {
-	c := newCluster(t, options{})
-	n := c.nodes[0]
-	n.do(t, "services", func() error {
-		ctx, target := context.Background(), n.dp.Services()
-		f := model.Frontend{Addr: addr("10.96.0.10"), L4: model.L4{Proto: model.ProtoUDP, Port: 53}}
-		entry := func(backends ...string) (e model.FrontendEntry) {
-			e.ID = 7
-			for _, b := range backends {
-				e.Backends = append(e.Backends, model.Backend{Addr: addr("%s", b), Port: 53, Proto: model.ProtoUDP, State: model.BackendActive})
-			}
-			return e
-		}
-		for _, want := range []model.FrontendEntry{entry("10.0.1.5", "10.0.2.5", "10.0.2.6"), entry("10.0.2.6"), entry()} {
-			if err := target.Put(ctx, f, want); err != nil {
-				return err
-			}
-			rows, err := target.List(ctx)
-			if err != nil {
-				return err
-			}
-			if got := rows[f]; got.ID != want.ID || len(got.Backends) != len(want.Backends) {
-				return fmt.Errorf("wrote %+v, read %+v", want, got)
-			}
-		}
-		if err := target.Delete(ctx, f); err != nil {
-			return err
-		}
-		rows, err := target.List(ctx)
-		if err == nil && len(rows) != 0 {
-			err = fmt.Errorf("left: %+v", rows)
 		}
 		return err
 	})

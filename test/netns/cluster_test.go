@@ -84,6 +84,7 @@ type node struct {
 	n        int
 	ip4, ip6 netip.Addr
 	dp       *datapath.Datapath
+	cluster  *cluster
 	pods     []*pod
 }
 
@@ -96,9 +97,11 @@ type options struct {
 	legacy, noTCX bool
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
+	dsr           bool   // backends' nodes answer clients outside
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
 	connMax       uint32 // rows of lash_conn; 0: 65536
+	dropNoBackend bool   // services without backends drop instead of refusing
 }
 
 // tunnelPorts are the tunnels' usual ports.
@@ -132,7 +135,7 @@ func newCluster(t *testing.T, o options) *cluster {
 	ip(t, c.sw, "link add br0 type bridge mcast_snooping 0", "link set br0 up")
 	c.plug(t, c.outside, "out", outside4, outside6)
 	for n := 1; n <= 2; n++ {
-		nd := &node{worker: newWorker(t), n: n, ip4: addr("172.18.0.1%d", n), ip6: addr("fd18::1%d", n)}
+		nd := &node{worker: newWorker(t), cluster: c, n: n, ip4: addr("172.18.0.1%d", n), ip6: addr("fd18::1%d", n)}
 		c.plug(t, nd.ns, fmt.Sprintf("n%d", n), nd.ip4.String(), nd.ip6.String())
 		c.nodes = append(c.nodes, nd)
 	}
@@ -223,11 +226,11 @@ func (nd *node) open(c *cluster, o options) error {
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax,
-		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel],
+		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelMTU: o.routeMTU(), DSR: o.dsr,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX,
+		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX, DropNoBackend: o.dropNoBackend,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err

@@ -33,17 +33,21 @@ func TestExplainTranslatesServices(t *testing.T) {
 	c := newCluster(t, o)
 	n1, n2 := c.nodes[0], c.nodes[1]
 	e := newExplainers(t, c, o)
-	front := model.Frontend{Addr: addr("10.96.0.10"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
-	empty := model.Frontend{Addr: addr("10.96.0.11"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
-	entry := model.FrontendEntry{ID: 7, Backends: []model.Backend{{Addr: n1.pods[1].ip4, Port: 7000, Proto: model.ProtoTCP, State: model.BackendActive}, {Addr: n2.pods[0].ip4, Port: 7000, Proto: model.ProtoTCP, State: model.BackendActive}}}
+	front := model.FrontendKey{Addr: addr("10.96.0.10"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
+	empty := model.FrontendKey{Addr: addr("10.96.0.11"), L4: model.L4{Proto: model.ProtoTCP, Port: 80}}
+	backend := func(a netip.Addr) model.Backend {
+		return model.Backend{Addr: a, Port: 7000, Cluster: true}
+	}
 	n1.do(t, "services", func() error {
-		if err := n1.dp.Services().Put(context.Background(), empty, model.FrontendEntry{ID: 8}); err != nil {
+		target := n1.dp.ServicePorts()
+		if err := target.Put(context.Background(), 8, model.ServicePort{ID: 8, Proto: model.ProtoTCP, Frontends: []model.Frontend{{FrontendKey: empty}}}); err != nil {
 			return err
 		}
-		return n1.dp.Services().Put(context.Background(), front, entry)
+		return target.Put(context.Background(), 7, model.ServicePort{ID: 7, Proto: model.ProtoTCP, Frontends: []model.Frontend{{FrontendKey: front}},
+			Backends: []model.Backend{backend(n1.pods[1].ip4), backend(n2.pods[0].ip4)}})
 	})
 	tables := e.all[0].Tables
-	state.Insert(tables.DB, tables.Services, state.Service{Namespace: "d", Name: "web", ClusterIPs: []netip.Addr{front.Addr}, Ports: []state.ServicePort{{L4: front.L4}}})
+	state.Insert(tables.DB, tables.Services, state.Service{Namespace: "d", Name: "web", ClusterIPs: []netip.Addr{front.Addr}, Ports: []state.ServicePortSpec{{L4: front.L4}}})
 	var out agent.Explanation
 	req := agent.ExplainRequest{Src: n1.podKey(n1.pods[0]), Dst: "web.d.svc", All: true}
 	n1.do(t, "explain", func() (err error) {

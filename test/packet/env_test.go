@@ -162,9 +162,10 @@ type programs struct {
 	*node
 	dp *datapath.Datapath
 
-	sums   bool                 // the kernel knows checksumComplete
-	counts map[uint32]bpf.Count // as last read
-	drops  map[bpf.DropKey]bpf.Count
+	sums    bool                 // the kernel knows checksumComplete
+	serving bool                 // a test has made services
+	counts  map[uint32]bpf.Count // as last read
+	drops   map[bpf.DropKey]bpf.Count
 }
 
 // load opens the datapath with one of configs, if nobody has yet, and fills its maps.
@@ -307,6 +308,7 @@ type input struct {
 	mark    uint32
 	gso     uint32 // size of a segment; 0: one packet
 	summed  bool   // checksumComplete
+	serving bool   // there are services
 }
 
 func (p *programs) run(in input) (out outcome, err error) {

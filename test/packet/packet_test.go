@@ -12,6 +12,7 @@ import (
 
 	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
+	"github.com/lash-net/lash/internal/model"
 )
 
 // want is what must become of a packet.
@@ -57,9 +58,11 @@ type step struct {
 }
 
 // Hooks with their devices.
-func fromA(f []byte) input   { return input{program: "from_container", ifindex: ifA, frame: f} }
-func fromB(f []byte) input   { return input{program: "from_container", ifindex: ifB, frame: f} }
-func netdev(f []byte) input  { return input{program: "from_netdev", ifindex: ifEth0, frame: f} }
+func fromA(f []byte) input { return input{program: "from_container", ifindex: ifA, frame: f} }
+func fromB(f []byte) input { return input{program: "from_container", ifindex: ifB, frame: f} }
+func netdev(f []byte) input {
+	return input{program: "from_netdev", ifindex: ifEth0, frame: addressed(f, mac(ifEth0))}
+}
 func leaving(f []byte) input { return input{program: "to_netdev", ifindex: ifEth0, frame: f} }
 func overlay(f []byte) input {
 	return input{program: "from_overlay", ifindex: ifOverlay, frame: f}
@@ -80,9 +83,23 @@ var configs = map[string]func(*datapath.Config){
 	},
 	"no pod CIDRs":      func(c *datapath.Config) { c.PodCIDRs = nil },
 	"tunnel":            func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
+	"drop":              func(c *datapath.Config) { c.DropNoBackend = true },
+	"without routers":   func(c *datapath.Config) { c.Routers = nil },
+	"kube-proxy":        func(c *datapath.Config) { c.NoServices = true },
+	"dsr":               func(c *datapath.Config) { c.DSR = true },
+	"dsr, legacy":       func(c *datapath.Config) { c.DSR, c.HostRouting = true, false },
 	"one port":          func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
 	"two connections":   func(c *datapath.Config) { c.ConnMax = 2 },
 	"without lash_host": func(c *datapath.Config) { c.HostIfindex = 4000 },
+}
+
+// addressed is the frame with a destination's MAC address.
+func addressed(frame []byte, to model.MAC) []byte {
+	out := append([]byte(nil), frame...)
+	if len(out) >= len(to) {
+		copy(out, to[:])
+	}
+	return out
 }
 
 // answer turns a frame round: both addresses and ports change sides, an echo becomes its reply.
@@ -129,6 +146,7 @@ func runTests(t *testing.T, tests []test) {
 				}
 				p := n.load(t, config)
 				p.forget(t)
+				p.unserve(t)
 				var last []byte
 				for i, s := range steps {
 					if !t.Run(fmt.Sprint(i+1), func(t *testing.T) { last = p.step(t, s, last) }) {
@@ -154,7 +172,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 	}
 	in := s.at(raw)
 	in.gso, in.summed = s.gso, p.sums && read(raw) != nil
-	in.mark = 0x80000001
+	in.mark, in.serving = 0x80000001, p.serving
 	out, err := p.run(in)
 	if err != nil {
 		t.Fatalf("%v\nin %x", err, in.frame)

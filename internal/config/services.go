@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"encoding/base64"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// maglevSizes are primes, as the algorithm needs them.
+var maglevSizes = []int{251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071}
+
+const maglevSeedLen = 12
+
+// MaglevSeed is the seed of Maglev tables.
+func (c *Config) MaglevSeed() []byte {
+	seed, _ := base64.StdEncoding.DecodeString(c.LBMaglevHashSeed) // checked when it was loaded
+	return seed
+}
+
+// DSRProblem says why clients cannot be answered directly by other nodes; empty: they can.
+func (c *Config) DSRProblem() string {
+	if c.LBDSRDispatch != "opt" {
+		return c.LBDSRDispatch + " is not there: set opt, which works natively and inside the tunnel"
+	}
+	return ""
+}
+
+func (c *Config) checkServices(bad func(string, string, ...any)) {
+	if !slices.Contains(maglevSizes, c.LBMaglevTableSize) {
+		bad("bpf-lb-maglev-table-size", "must be one of 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071")
+	}
+	if seed, err := base64.StdEncoding.DecodeString(c.LBMaglevHashSeed); err != nil || len(seed) != maglevSeedLen {
+		bad("bpf-lb-maglev-hash-seed", "must be %d bytes in base64: make one with 'head -c%d /dev/urandom | base64 -w0'", maglevSeedLen, maglevSeedLen)
+	}
+	if why := c.DSRProblem(); why != "" {
+		bad("bpf-lb-dsr-dispatch", "%s", why)
+	}
+	switch c.LBAcceleration {
+	case "native":
+		bad("bpf-lb-acceleration", "XDP is not there yet: set disabled, or best-effort to have it when it is")
+	case "best-effort":
+		c.notes = append(c.notes, "bpf-lb-acceleration: best-effort has no effect yet: packets from outside are served by tc")
+	}
+	if s := c.KPRHealthzBindAddr; s != "" {
+		if a, err := netip.ParseAddrPort(s); err != nil || a.Port() == 0 {
+			bad("kube-proxy-replacement-healthz-bind-address", "must be empty (none) or ADDRESS:PORT, like 0.0.0.0:10256")
+		}
+	}
+	for _, p := range c.NodePortAddresses {
+		if p.Addr().Is6() && !c.EnableIPv6 || p.Addr().Is4() && !c.EnableIPv4 {
+			c.notes = append(c.notes, "nodeport-addresses: "+p.String()+" has no effect: "+strings.TrimSpace(family(p.Addr().Is6()))+" is off")
+		}
+	}
+}
