@@ -229,6 +229,8 @@ static __always_inline bool concerns(const struct __sk_buff *skb, const struct p
 {
 	__u16 port = bpf_ntohs(p->dport);
 
+	if (p->v6 && p->proto == IPPROTO_ICMPV6 && p->icmp_type >= ICMP6_RS && p->icmp_type <= ICMP6_REDIRECT)
+		return false; /* neighbour discovery */
 	if (cfg_services && !(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
 		return skb->pkt_type == PACKET_HOST; /* another address of the node, a service's, or somebody else's */
 	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
