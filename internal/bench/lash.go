@@ -124,7 +124,7 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	t.Defer(func() { os.RemoveAll(root) }) // unpins the links, which detaches
 	n.datapath, err = datapath.Open(datapath.Config{
 		Root: root, HostIfindex: base.HostIfindex, HostMAC: base.HostMAC, DirectIfindex: index,
-		Routers: []netip.Addr{r4, r6}, PodCIDRs: []netip.Prefix{p4, p6},
+		Routers: []netip.Addr{r4, r6}, PodCIDRs: []netip.Prefix{p4, p6}, NodeAddrs: []netip.Addr{node.Addr4, node.Addr6},
 		NativeCIDRs:    []netip.Prefix{netip.MustParsePrefix("10.76.0.0/16"), netip.MustParsePrefix("fd00:76::/32")},
 		OverlayIfindex: tunnel, TunnelPort: tunnelPort, HostRouting: !m.legacy, Masquerade4: true, Masquerade6: true,
 	}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
