@@ -28,9 +28,9 @@ func (a *agent) sockmap() *state.Task {
 			}
 			asked := map[uint64]bool{}
 			var errs []error
-			for p := range a.tables.Pods.All(txn) {
-				ep, _, ok := a.tables.Endpoints.Get(txn, state.EndpointByPod(p.Key()))
-				if !p.Sockmap || p.Ended() || !ok {
+			for ep := range a.tables.Endpoints.All(txn) {
+				p, _, ok := a.tables.Pods.Get(txn, state.PodByName(ep.PodName()))
+				if !ok || !p.Sockmap || p.Ended() {
 					continue
 				}
 				cookie, err := netnsCookie(ep.NetnsPath)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -72,6 +73,9 @@ func New(cfg Config) *Server {
 	s.handle("GET /v1/bpf/{name}", s.bpf)
 	s.handle("GET /v1/db", s.db)
 	s.handle("GET /v1/db/{table}", s.table)
+	s.mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	s.mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	s.mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	s.handle("GET /v1/version", func(*http.Request) (any, error) { return cfg.Facts().Version, nil })
 	return s
 }

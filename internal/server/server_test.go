@@ -175,6 +175,21 @@ func TestHealthFollowsReadiness(t *testing.T) {
 	}
 }
 
+// What uses the agent's CPU and memory can be asked on the socket, never on a port.
+func TestProfilesAreOnTheSocketOnly(t *testing.T) {
+	s, _ := newServer(t, &Facts{})
+	for _, h := range []struct {
+		handler http.Handler
+		code    int
+	}{{s, http.StatusOK}, {s.Health(), http.StatusNotFound}} {
+		rec := httptest.NewRecorder()
+		h.handler.ServeHTTP(rec, httptest.NewRequest("GET", "/debug/pprof/heap?debug=1", nil))
+		if rec.Code != h.code || (rec.Code == http.StatusOK) != strings.Contains(rec.Body.String(), "heap profile") {
+			t.Errorf("%d, want %d: %.80s", rec.Code, h.code, rec.Body)
+		}
+	}
+}
+
 func TestServeReplacesTheSocketOfADeadAgentAndEndsWithItsContext(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "run", "lash.sock")
 	if err := os.MkdirAll(filepath.Dir(socket), 0o755); err != nil {

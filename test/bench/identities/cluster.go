@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -462,18 +463,47 @@ func (c *cluster) nodesKnown(ctx context.Context) error {
 	})
 }
 
-// profile writes to dir the API server's use of CPU over eight seconds, and its metrics after them.
+// profile writes to dir the use of CPU over eight seconds of the API server and of the first agent, and the API server's
+// metrics after them.
 func (c *cluster) profile(ctx context.Context, dir string) error {
-	for _, f := range [][2]string{{"kube-apiserver.pprof", "/debug/pprof/profile"}, {"kube-apiserver.metrics", "/metrics"}} {
-		out, err := c.clientset.CoreV1().RESTClient().Get().AbsPath(f[1]).Param("seconds", "8").DoRaw(ctx)
+	keep := func(name string, out []byte, err error) error {
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, f[0]), out, 0o644)
+			err = os.WriteFile(filepath.Join(dir, name), out, 0o644)
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", f[1], err)
+			return fmt.Errorf("%s: %w", name, err)
 		}
+		return nil
 	}
-	return nil
+	server := func(path string) ([]byte, error) {
+		return c.clientset.CoreV1().RESTClient().Get().AbsPath(path).Param("seconds", "8").DoRaw(ctx)
+	}
+	agent := make(chan error, 1)
+	go func() {
+		out, err := c.nodes[0].get(ctx, "/debug/pprof/profile?seconds=8")
+		agent <- keep("agent.pprof", out, err)
+	}()
+	out, err := server("/debug/pprof/profile")
+	err = errors.Join(keep("kube-apiserver.pprof", out, err), <-agent)
+	out, more := server("/metrics")
+	return errors.Join(err, keep("kube-apiserver.metrics", out, more))
+}
+
+// get asks the node's agent.
+func (n *node) get(ctx context.Context, path string) ([]byte, error) {
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(n.dir, "lash.sock"))
+	}}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	r, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Body.Close()
+	return io.ReadAll(r.Body)
 }
 
 // take hands out the next pod's addresses.

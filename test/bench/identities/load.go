@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -12,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/lash-net/lash/internal/model"
 )
@@ -110,14 +108,15 @@ func (l *load) createOne(ctx context.Context, p *pod) error {
 		ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: map[string]string{"app": p.set, "pod-template-hash": p.name}},
 		Spec:       corev1.PodSpec{NodeName: p.node.name, Containers: []corev1.Container{{Name: "c", Image: "none", Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 80}}}}},
 	}
-	if _, err := pods.Create(ctx, obj, metav1.CreateOptions{}); err != nil {
+	obj, err := pods.Create(ctx, obj, metav1.CreateOptions{})
+	if err != nil {
 		return fmt.Errorf("create %s: %w", p.name, err)
 	}
-	patch, err := json.Marshal(map[string]any{"status": map[string]any{"hostIP": p.node.Addr4, "podIP": p.addrs[0], "podIPs": []any{map[string]any{"ip": p.addrs[0]}, map[string]any{"ip": p.addrs[1]}}}})
-	if err != nil {
-		return err
+	obj.Status.HostIP, obj.Status.PodIP = p.node.Addr4.String(), p.addrs[0].String()
+	for _, a := range p.addrs {
+		obj.Status.PodIPs = append(obj.Status.PodIPs, corev1.PodIP{IP: a.String()})
 	}
-	if _, err := pods.Patch(ctx, p.name, types.MergePatchType, patch, metav1.PatchOptions{}, "status"); err != nil {
+	if _, err := pods.UpdateStatus(ctx, obj, metav1.UpdateOptions{}); err != nil {
 		return fmt.Errorf("addresses of %s: %w", p.name, err)
 	}
 	return nil

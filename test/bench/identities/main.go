@@ -100,7 +100,7 @@ func run(ctx context.Context, args []string) error {
 	fs.StringVar(&o.operator, "operator", "bin/lash-operator", "the operator's binary")
 	fs.StringVar(&o.cache, "cache", "/var/cache/lash-sandbox/bin", "where the sandbox keeps etcd and kube-apiserver")
 	fs.StringVar(&o.keep, "logs", "", "directory to leave the logs in; empty: they go")
-	fs.StringVar(&o.profile, "profile", "", "directory to write the API server's CPU profile and metrics to, taken while pods are created; empty: none is")
+	fs.StringVar(&o.profile, "profile", "", "directory to write CPU profiles of the API server and an agent to, and the API server's metrics, taken while pods are created; empty: none are")
 	file := fs.String("json", "dist/bench-identities.json", "write the report there as well; empty: do not")
 	if err := fs.Parse(args); err != nil {
 		return err
