@@ -72,7 +72,8 @@ type ExplainRecord struct {
 	State      string `json:"state"`
 	Forth      string `json:"forth"` // of the packets of the initiator
 	Back       string `json:"back"`
-	NAT        string `json:"nat,omitempty"` // the initiator's masqueraded address
+	NAT        string `json:"nat,omitempty"`     // the initiator's masqueraded address
+	Backend    string `json:"backend,omitempty"` // of a service, where the packets go in its name
 }
 
 // What becomes of a packet.
@@ -82,7 +83,7 @@ const (
 	OutcomeSent      = "sent"      // out of a device towards what is no node of the cluster
 	OutcomeDropped   = "dropped"   // by a program
 	OutcomeAnswered  = "answered"  // by a node's IP stack, with an ICMP error
-	OutcomeRefused   = "refused"   // at the socket: the service has no backend
+	OutcomeRefused   = "refused"   // the service has no backend, or no such port: at the socket, or by a node's IP stack
 	OutcomeUnknown   = "unknown"   // it goes to a node whose agent could not be asked
 )
 

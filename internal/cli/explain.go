@@ -204,6 +204,9 @@ func printDetails(w io.Writer, s agent.ExplainStep) {
 		if r.NAT != "" {
 			nat = ", masqueraded as " + r.NAT
 		}
+		if r.Backend != "" {
+			nat += ", served by " + r.Backend
+		}
 		fmt.Fprintf(w, "    connection %s%s: %s\n      forth: %s\n      back:  %s\n", r.Connection, nat, r.State, r.Forth, r.Back)
 	}
 	for _, p := range s.Points {

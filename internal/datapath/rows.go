@@ -68,60 +68,113 @@ func (d *Datapath) ConnRow(k bpf.ConnKey) (*bpf.Conn, error) {
 	return &c, nil
 }
 
-// ServiceRows are what a socket finds of a frontend: the number of its service port and the backends that it chooses from.
-// A port of a node's address may be a NodePort. False: it is none.
-func (d *Datapath) ServiceRows(f model.FrontendKey) (id uint32, backends []netip.AddrPort, found bool, err error) {
-	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
-	if svc == nil && err == nil {
-		if svc, err = d.nodePort(f); svc == nil {
-			return 0, nil, false, err
-		}
-	}
-	if err != nil || svc.Flags&bpf.FrontendAddress != 0 {
-		return 0, nil, false, err
-	}
-	first, count := svc.First, svc.Count
-	if svc.Flags&bpf.FrontendLocalIn != 0 {
-		first, count = 1, svc.Local
-	}
-	for slot := first; slot < first+count; slot++ {
-		b, err := row[bpf.Backend](d.maps["lash_backends"], bpf.BackendKey{Service: svc.ID, Slot: slot})
-		if err != nil {
-			return 0, nil, false, err
-		}
-		if b != nil {
-			backends = append(backends, netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()))
-		}
-	}
-	return svc.ID, backends, true, nil
+// FrontendRow is a frontend and the backends that whoever asks for it chooses from.
+type FrontendRow struct {
+	bpf.Service
+	Key      model.FrontendKey // the row's: of a port that is served on every node's address, the unspecified address
+	Scope    string            // of Backends: ScopeAll or ScopeLocal
+	Slot     uint32            // of the first of Backends
+	Backends []netip.AddrPort
 }
 
-// nodePort is the row of a port that is served on every node's address, if f's is one. What only another node's own
-// backends serve is left to that node.
-func (d *Datapath) nodePort(f model.FrontendKey) (*bpf.Service, error) {
-	ep, err := row[bpf.Endpoint](d.maps["lash_endpoints"], bpf.AddrFrom(f.Addr))
-	if err != nil {
-		return nil, err
+// Scopes of a FrontendRow.
+const (
+	ScopeAll   = "of all nodes"
+	ScopeLocal = "of this node only"
+)
+
+// Address says that the row is of an address alone: of a port that no service has.
+func (f *FrontendRow) Address() bool { return f.Flags&bpf.FrontendAddress != 0 }
+
+// SocketFrontend is what a socket finds (sock.c), of loopback addresses one of the node. A port of a node's address may be
+// a NodePort; what only another node's own backends serve is left to that node.
+func (d *Datapath) SocketFrontend(f model.FrontendKey) (*FrontendRow, error) {
+	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
+	if svc != nil || err != nil {
+		return d.withBackends(svc, f, bpf.FrontendLocalIn, err)
 	}
 	remote := false
-	if ep == nil {
+	ep, err := d.EndpointRow(f.Addr)
+	switch {
+	case err != nil:
+		return nil, err
+	case f.Addr.IsLoopback():
+	case ep == nil:
 		_, e, err := d.IPCacheRow(f.Addr)
 		if err != nil || e == nil || e.Identity != bpf.IdentityRemoteNode && e.Identity != bpf.IdentityAPIServer {
 			return nil, err
 		}
 		remote = true
-	} else if ep.Flags&bpf.EndpointNodePort == 0 {
+	case ep.Flags&bpf.EndpointNodePort == 0:
 		return nil, nil
 	}
-	every := netip.IPv4Unspecified()
-	if f.Addr.Is6() {
-		every = netip.IPv6Unspecified()
-	}
-	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(model.FrontendKey{Addr: every, L4: f.L4}))
+	f = everyNode(f)
+	svc, err = row[bpf.Service](d.maps["lash_services"], serviceKey(f))
 	if svc != nil && remote && svc.Flags&bpf.FrontendLocalOut != 0 {
 		return nil, nil
 	}
-	return svc, err
+	return d.withBackends(svc, f, bpf.FrontendLocalIn, err)
+}
+
+// PacketFrontend is what a packet finds (lib/lb.h), from inside of the cluster or from outside.
+func (d *Datapath) PacketFrontend(f model.FrontendKey, outside bool) (*FrontendRow, error) {
+	local := uint32(bpf.FrontendLocalIn)
+	if outside {
+		local = bpf.FrontendLocalOut
+	}
+	if ports := f.Proto == model.ProtoTCP || f.Proto == model.ProtoUDP || f.Proto == model.ProtoSCTP; ports {
+		svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
+		if svc != nil || err != nil {
+			return d.withBackends(svc, f, local, err)
+		}
+		if ep, err := d.EndpointRow(f.Addr); err != nil || ep != nil && ep.Flags&bpf.EndpointNodePort == 0 {
+			return nil, err
+		} else if ep != nil {
+			f = everyNode(f)
+			svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
+			return d.withBackends(svc, f, local, err)
+		}
+	} else if ep, err := d.EndpointRow(f.Addr); ep != nil || err != nil {
+		return nil, err
+	}
+	f.L4 = model.L4{}
+	svc, err := row[bpf.Service](d.maps["lash_services"], serviceKey(f))
+	return d.withBackends(svc, f, local, err)
+}
+
+// everyNode is the key of the port on every node's address.
+func everyNode(f model.FrontendKey) model.FrontendKey {
+	if f.Addr.Is4() {
+		f.Addr = netip.IPv4Unspecified()
+	} else {
+		f.Addr = netip.IPv6Unspecified()
+	}
+	return f
+}
+
+// withBackends reads those in the slots that a choice is made from; local is the flag that narrows it to this node's.
+func (d *Datapath) withBackends(svc *bpf.Service, f model.FrontendKey, local uint32, err error) (*FrontendRow, error) {
+	if svc == nil || err != nil {
+		return nil, err
+	}
+	r := &FrontendRow{Service: *svc, Key: f, Scope: ScopeAll, Slot: svc.First}
+	count := svc.Count
+	if svc.Flags&local != 0 {
+		r.Slot, count, r.Scope = 1, svc.Local, ScopeLocal
+	}
+	if r.Address() {
+		count = 0
+	}
+	for slot := r.Slot; slot < r.Slot+count; slot++ {
+		b, err := row[bpf.Backend](d.maps["lash_backends"], bpf.BackendKey{Service: svc.ID, Slot: slot})
+		if err != nil {
+			return nil, err
+		}
+		if b != nil {
+			r.Backends = append(r.Backends, netip.AddrPortFrom(b.Addr.Addr(), b.Port.Host()))
+		}
+	}
+	return r, nil
 }
 
 func row[V any](m *ebpf.Map, key any) (*V, error) {

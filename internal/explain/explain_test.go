@@ -90,6 +90,21 @@ func TestNamesAreFound(t *testing.T) {
 	}
 }
 
+func TestEndsAreNamed(t *testing.T) {
+	tables := testTables(t)
+	state.Insert(tables.DB, tables.Services, state.Service{Namespace: "d", Name: "front", ClusterIPs: []netip.Addr{addr("10.96.0.7")},
+		ExternalIPs: []netip.Addr{addr("198.18.0.7")}, LoadBalancerIPs: []netip.Addr{addr("198.18.0.8")}})
+	n := namesOf(tables)
+	for a, want := range map[string]string{
+		"10.96.0.7": "service d/front", "198.18.0.7": "service d/front", "198.18.0.8": "service d/front", "198.18.0.9": "",
+		"10.0.2.5": "pod d/far", "10.0.1.1": "router address of node n1", "10.0.2.77": "no pod, in the pod CIDR of node n2",
+	} {
+		if e := n.end(addr(a)); e.Object != want {
+			t.Errorf("%s is %q, want %q", a, e.Object, want)
+		}
+	}
+}
+
 func TestWhatIsLeftOutIsCompleted(t *testing.T) {
 	n := namesOf(testTables(t))
 	for _, tc := range []struct {

@@ -101,7 +101,7 @@ func closed(c *bpf.Conn) bool {
 }
 
 func (w *walk) fromPod(p agent.ExplainPacket, backend int, sockets bool) error {
-	if done, err := w.translate(&p, backend, sockets); done || err != nil {
+	if done, err := w.translate(&p, backend, agent.FromPod, sockets); done || err != nil {
 		return err
 	}
 	row, err := w.dp.EndpointRow(p.Pod)
@@ -131,7 +131,7 @@ func (w *walk) fromPod(p agent.ExplainPacket, backend int, sockets bool) error {
 }
 
 func (w *walk) fromHost(p agent.ExplainPacket, backend int, sockets bool) error {
-	if done, err := w.translate(&p, backend, sockets); done || err != nil {
+	if done, err := w.translate(&p, backend, agent.FromHost, sockets); done || err != nil {
 		return err
 	}
 	way, err := netdev.FIB(p.Dst, p.Src, 0)
@@ -248,7 +248,10 @@ func (w *walk) program(in datapath.DryPacket) error {
 	}
 	s := w.step(agent.ExplainStep{Program: in.Program, Device: device(in.Ifindex), Tag: out.Program.Tag, Packet: monitor.Summary(in.Frame), Changes: changes(before, after)})
 	drop := observe(s, out)
-	look := lookup{w, in, out, before, after}
+	look := lookup{w, in, out, before, after, 0}
+	if drop != nil {
+		look.drop = drop.Head.Subtype
+	}
 	s.Entries, s.Record = look.entries(), look.record()
 	return w.follow(s, in, out, drop)
 }
@@ -264,6 +267,10 @@ func (w *walk) follow(s *agent.ExplainStep, in datapath.DryPacket, out *datapath
 	case out.Verdict == datapath.VerdictDrop:
 		s.Result = "taken off the wire without counting a drop"
 		return w.end(agent.ExplainVerdict{Outcome: agent.OutcomeDropped, Reason: "nobody hears it", Text: "node " + w.node + " takes it off the wire: it is for nobody here"})
+	case refused(out) && in.Proto == model.ProtoTCP || refused(out) && in.Proto == model.ProtoUDP || refused(out) && in.Proto == model.ProtoSCTP:
+		s.Result = "refused: to a port of the node's router address where nobody listens"
+		return w.end(agent.ExplainVerdict{Outcome: agent.OutcomeRefused, Reason: "no backend", Packet: monitor.Summary(out.Frame),
+			Text: fmt.Sprintf("refused by node %s: its IP stack answers in the service's name that nobody listens", w.node), Remedy: "a port that the service does not have, or a service without ready backends: 'lash service list', 'kubectl get endpointslices'"})
 	case out.Verdict == datapath.VerdictRedirect:
 		return w.redirect(s, in, out)
 	case in.Program == "to_netdev":
@@ -422,6 +429,9 @@ func (w *walk) leave(ifindex int, frame []byte) error {
 // remedies are what to do about a drop, by its reason.
 var remedies = map[uint8]string{
 	bpf.DropInvalidSource:   "a pod sends from the addresses it was given only: look for addresses added in the pod, or for a packet that comes back into the network it left",
+	bpf.DropNoService:       "the service has no backend here that is ready: 'kubectl get endpointslices -o wide'; with externalTrafficPolicy Local only nodes with one serve it",
+	bpf.DropSourceRange:     "add the source to the service's loadBalancerSourceRanges",
+	bpf.DropClusterIP:       "cluster IPs are served to the cluster only; use a NodePort or LoadBalancer, or set bpf.lbExternalClusterIP=true",
 	bpf.DropUnroutable:      "nobody has the address any more, or not yet: 'kubectl get pods -A -o wide' shows who should have it; the sender may hold an old address",
 	bpf.DropCTInsert:        "lash_conn is full: 'lash bpf ct list' shows by what; raise bpf-ct-global-max in the configuration",
 	bpf.DropNATExhausted:    "all source ports towards this destination are in use: 'lash bpf nat list' shows by whom",

@@ -56,6 +56,7 @@ type lookup struct {
 	in            datapath.DryPacket
 	out           *datapath.DryOutcome
 	before, after header
+	drop          uint8 // its reason; 0: it was not dropped
 }
 
 // entries are the rows in the order the program meets them. The one that decides is told by the outcome.
@@ -97,21 +98,30 @@ func (l lookup) entries() []agent.ExplainEntry {
 		add(l.device(l.in.Ifindex))
 	case "from_netdev":
 		if l.out.NATOwner != nil {
-			add(&agent.ExplainEntry{Map: "lash_nat", Key: fmt.Sprintf("%s > %s", l.before.src, l.before.dst), Value: "answers a masqueraded connection", Decides: true})
+			value := "answers a masqueraded connection"
+			if c := l.out.Conn; c != nil && c.Flags&bpf.ConnDNAT != 0 {
+				value = strings.TrimSpace("answers a connection to " + l.w.names.servicePort(c.Service))
+			}
+			add(&agent.ExplainEntry{Map: "lash_nat", Key: fmt.Sprintf("%s > %s", l.before.src, l.before.dst), Value: value, Decides: true})
 		}
 	}
 	add(l.conn(followed))
-	if followed {
+	if followed || l.in.Program == "to_netdev" {
 		return all
 	}
-	if l.in.Program == "to_netdev" {
+	asked, decided := l.services(l.drop)
+	all = append(all, asked...)
+	if decided {
 		return all
+	}
+	if c := l.out.Conn; c != nil && c.Flags&bpf.ConnDNAT != 0 {
+		dst = l.after.dst.Addr() // of the backend, or, in its answer, of who asked
 	}
 	if e := l.endpoint(dst, l.out.NATOwner == nil); e != nil {
 		add(e)
 		return all
 	}
-	if l.in.Program == "from_netdev" {
+	if l.in.Program == "from_netdev" && len(asked) == 0 {
 		return all // what is no pod's is the stack's
 	}
 	if l.in.Program == "from_overlay" {
@@ -120,7 +130,7 @@ func (l lookup) entries() []agent.ExplainEntry {
 	}
 	decides := dropped && l.in.Program != "from_container" || l.out.Action == bpf.ActionTunnel
 	add(l.ipcache(dst, decides))
-	if l.in.Program == "from_container" && l.out.Action != bpf.ActionTunnel {
+	if (l.in.Program == "from_container" || len(asked) > 0) && l.out.Action != bpf.ActionTunnel {
 		if way, err := netdev.FIB(dst, src, l.w.dp.Config().HostIfindex); err == nil {
 			e := l.w.routeEntry(dst, way, true)
 			add(&e)
@@ -254,6 +264,9 @@ func (l lookup) record() *agent.ExplainRecord {
 		from, to = to, from
 	}
 	r := &agent.ExplainRecord{Connection: fmt.Sprintf("%s > %s %s", from, to, l.before.name), State: l.state(c), Forth: l.way(&c.Orig), Back: l.way(&c.Reply)}
+	if c.Flags&bpf.ConnDNAT != 0 && c.ToPort != 0 {
+		r.Backend = netip.AddrPortFrom(c.ToAddr.Addr(), c.ToPort.Host()).String()
+	}
 	if c.Flags&bpf.ConnNAT != 0 {
 		r.NAT = netip.AddrPortFrom(c.NATAddr.Addr(), c.NATPort.Host()).String()
 	}
@@ -280,10 +293,10 @@ func (l lookup) way(d *bpf.ConnDir) string {
 		s = fmt.Sprintf("by the tunnel to %s, VNI %d", d.Node(), d.Vni)
 	}
 	if d.Flags&bpf.DirToNAT != 0 {
-		s += ", masqueraded"
+		s += ", translated"
 	}
 	if d.Flags&bpf.DirNoNAT != 0 {
-		s += ", masquerading undone"
+		s += ", translated back"
 	}
 	return s + ", from " + l.arrival(d.In)
 }

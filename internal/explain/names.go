@@ -90,7 +90,7 @@ func (n names) end(a netip.Addr) agent.ExplainedEnd {
 		}
 	}
 	for r := range n.t.Services.All(n.txn) {
-		if slices.Contains(r.ClusterIPs, a) {
+		if slices.Contains(r.ClusterIPs, a) || slices.Contains(r.ExternalIPs, a) || slices.Contains(r.LoadBalancerIPs, a) {
 			e.Object = "service " + r.Key()
 			return e
 		}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/lash-net/lash/api/agent"
+	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/state"
@@ -187,5 +188,100 @@ func TestExplainRefusesWhatIsNotAttached(t *testing.T) {
 	n.do(t, "detach", func() error { return n.dp.DetachPod(p.ifindex, p.name) })
 	if err := ask(); err == nil || !strings.Contains(err.Error(), datapath.ErrNotAttached.Error()) {
 		t.Errorf("without a program: %v", err)
+	}
+}
+
+// A service asked for by packets, from outside and from a pod whose socket was not translated.
+func TestExplainServicesPerPacketNative(t *testing.T) { explainServices(t, options{podsPerNode: 2}) }
+func TestExplainServicesPerPacketVXLAN(t *testing.T) {
+	explainServices(t, options{podsPerNode: 2, tunnel: "vxlan"})
+}
+
+func explainServices(t *testing.T, o options) {
+	c := newCluster(t, o)
+	n1, n2 := c.nodes[0], c.nodes[1]
+	e := newExplainers(t, c, o)
+	e.all[0].Sockets = func() bool { return false }
+	near, far := n1.pods[1], n2.pods[0]
+	for _, v6 := range []bool{false, true} {
+		of := func(p *pod) netip.Addr { return p.ip4 }
+		node, outside, every := n1.ip4, outside4, netip.IPv4Unspecified()
+		if v6 {
+			of = func(p *pod) netip.Addr { return p.ip6 }
+			node, outside, every = n1.ip6, outside6, netip.IPv6Unspecified()
+		}
+		port := func(id uint32, a netip.Addr, port uint16, proto uint8, change func(*model.ServicePort, *model.Frontend), backends ...netip.Addr) {
+			t.Helper()
+			f := model.Frontend{FrontendKey: model.FrontendKey{Addr: a, L4: model.L4{Proto: proto, Port: port}}, Outside: true}
+			s := model.ServicePort{ID: id, Namespace: "d", Name: "web", Port: "http", Proto: proto, IPv6: v6}
+			for _, b := range backends {
+				s.Backends = append(s.Backends, model.Backend{Addr: b, Port: 7000, Cluster: true})
+			}
+			if change != nil {
+				change(&s, &f)
+			}
+			s.Frontends = []model.Frontend{f}
+			n1.do(t, "service", func() error { return n1.dp.ServicePorts().Put(context.Background(), id, s) })
+			tables := e.all[0].Tables
+			state.Insert(tables.DB, tables.ServicePorts, s)
+		}
+		ask := func(src string, a netip.Addr, port uint16, proto string) agent.ExplainedWay {
+			t.Helper()
+			return e.explain(t, 0, agent.ExplainRequest{Src: src, Dst: a.String(), Port: port, Proto: proto, Node: n1.name()})
+		}
+		met := func(way agent.ExplainedWay, program, object string, backend *pod) {
+			t.Helper()
+			front, ok := entryOf(way, "lash_services")
+			if way.Steps[0].Program != program || !ok || front.Object != object {
+				t.Errorf("%s: %+v\n%s", program, front, steps(way))
+			}
+			if backend == nil {
+				return
+			}
+			row, _ := entryOf(way, "lash_backends")
+			name := n1.podKey(backend)
+			if backend == far {
+				name = n2.podKey(backend)
+			}
+			if row.Object != "pod "+name || way.Verdict.Pod != name || way.Steps[0].Record == nil || way.Steps[0].Record.Backend != row.Value {
+				t.Errorf("%s to %s: %+v, verdict %+v\n%s", program, name, row, way.Verdict, steps(way))
+			}
+		}
+		ends := func(way agent.ExplainedWay, outcome, reason string) {
+			t.Helper()
+			if way.Verdict.Outcome != outcome || way.Verdict.Reason != reason || way.Verdict.Remedy == "" {
+				t.Errorf("%+v, want %s, %s\n%s", way.Verdict, outcome, reason, steps(way))
+			}
+		}
+		n1.do(t, "the node's address", func() error {
+			return n1.dp.Map("lash_endpoints").Put(bpf.AddrFrom(node), bpf.Endpoint{Identity: bpf.IdentityHost, Flags: bpf.EndpointHost | bpf.EndpointNodePort})
+		})
+		port(7, every, nodePort, model.ProtoTCP, nil, of(far))
+		met(ask(outside, node, nodePort, "tcp"), "from_netdev", "service d/web, port http", far)
+		port(7, every, nodePort, model.ProtoTCP, nil, of(near))
+		met(ask(outside, node, nodePort, "tcp"), "from_netdev", "service d/web, port http", near)
+		port(7, every, nodePort, model.ProtoTCP, nil)
+		way := ask(outside, node, nodePort, "tcp")
+		met(way, "from_netdev", "service d/web, port http", nil)
+		ends(way, agent.OutcomeRefused, "no backend")
+		port(7, every, nodePort, model.ProtoTCP, func(_ *model.ServicePort, f *model.Frontend) { f.LocalOut = true }, of(far))
+		ends(ask(outside, node, nodePort, "tcp"), agent.OutcomeDropped, "Service backend not found")
+		port(7, every, nodePort, model.ProtoTCP, func(s *model.ServicePort, f *model.Frontend) {
+			s.Ranges, f.Ranges = []netip.Prefix{netip.PrefixFrom(of(near), of(near).BitLen())}, true
+		}, of(far))
+		way = ask(outside, node, nodePort, "tcp")
+		if e, ok := entryOf(way, "lash_source_ranges"); !ok || !e.Decides {
+			t.Errorf("%+v\n%s", e, steps(way))
+		}
+		ends(way, agent.OutcomeDropped, "Denied by LB src range check")
+		vip := vipOf(v6)
+		port(8, vip, 9000, model.ProtoSCTP, nil, of(far))
+		met(ask(n1.podKey(n1.pods[0]), vip, 9000, "sctp"), "from_container", "service d/web, port http", far)
+		port(9, vip, 80, model.ProtoUDP, func(_ *model.ServicePort, f *model.Frontend) { f.Outside = false }, of(near))
+		met(ask(n1.podKey(n1.pods[0]), vip, 80, "udp"), "from_container", "service d/web, port http", near)
+		ends(ask(outside, vip, 80, "udp"), agent.OutcomeDropped, "Is a ClusterIP")
+		for _, id := range []uint32{7, 8, 9} {
+			n1.do(t, "no service", func() error { return n1.dp.ServicePorts().Delete(context.Background(), id) })
+		}
 	}
 }
