@@ -176,6 +176,23 @@ func TestNativeRoutingCIDRThatMissesAPoolIsNoted(t *testing.T) {
 	}
 }
 
+// Helm values of a cluster that uses no DSR may name a dispatch all the same.
+func TestDispatchWithoutDSRIsNoted(t *testing.T) {
+	for data, note := range map[string]string{"snat": "has no effect", "dsr": ""} {
+		m := map[string]string{"bpf-lb-mode": data, "bpf-lb-dsr-dispatch": "geneve"}
+		if note == "" {
+			m["tunnel-protocol"] = "geneve"
+		}
+		c, err := FromMap("lash-config", m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(c.Notes(), " "); !strings.Contains(got, note) || (got == "") != (note == "") {
+			t.Errorf("%s: notes %q", data, got)
+		}
+	}
+}
+
 // TestMalformedConfigurationIsRefusedWithARemedy checks that each error names the key, the value and what to do.
 func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 	type kv = map[string]string
@@ -199,7 +216,9 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"tunnel": "geneve", "tunnel-protocol": "vxlan"}, []string{"tunnel", "old spelling of tunnel-protocol", "remove one"}},
 		{kv{"enable-wireguard": "true"}, []string{"enable-wireguard", "not supported by this version", `"false"`}},
 		{kv{"enable-hubble": "true"}, []string{"enable-hubble", "not supported"}},
-		{kv{"bpf-lb-mode": "hybrid", "bpf-lb-dsr-dispatch": "geneve"}, []string{"bpf-lb-dsr-dispatch", "geneve is not there", "set opt"}},
+		{kv{"bpf-lb-mode": "hybrid", "bpf-lb-dsr-dispatch": "geneve"}, []string{"bpf-lb-dsr-dispatch", "geneve needs routing-mode tunnel and tunnel-protocol geneve", "set opt"}},
+		{kv{"bpf-lb-mode": "dsr", "bpf-lb-dsr-dispatch": "geneve", "tunnel-protocol": "geneve", "routing-mode": "native"}, []string{"geneve needs routing-mode tunnel"}},
+		{kv{"bpf-lb-mode": "dsr", "bpf-lb-dsr-dispatch": "ipip"}, []string{"outside of the cluster", "set opt"}},
 		{kv{"bpf-lb-mode": "fast"}, []string{"snat, dsr or hybrid"}},
 		{kv{"bpf-lb-maglev-table-size": "1000"}, []string{"bpf-lb-maglev-table-size", "16381"}},
 		{kv{"bpf-lb-maglev-hash-seed": "short"}, []string{"bpf-lb-maglev-hash-seed", "12 bytes in base64"}},

@@ -20,10 +20,16 @@ func (c *Config) MaglevSeed() []byte {
 	return seed
 }
 
-// DSRProblem says why clients cannot be answered directly by other nodes; empty: they can.
+// DSRProblem says why a backend's node cannot be told which frontend was asked; empty: it can.
 func (c *Config) DSRProblem() string {
-	if c.LBDSRDispatch != "opt" {
-		return c.LBDSRDispatch + " is not there: set opt, which works natively and inside the tunnel"
+	const remedy = "set opt, an option of the packet, which works natively and inside either tunnel"
+	switch c.LBDSRDispatch {
+	case "geneve":
+		if c.RoutingMode != "tunnel" || c.TunnelProtocol != "geneve" {
+			return "geneve needs routing-mode tunnel and tunnel-protocol geneve: " + remedy
+		}
+	case "ipip":
+		return "ipip is for load balancers outside of the cluster, whose nodes share no option with its own; they are not served: " + remedy
 	}
 	return ""
 }
@@ -35,8 +41,10 @@ func (c *Config) checkServices(bad func(string, string, ...any)) {
 	if seed, err := base64.StdEncoding.DecodeString(c.LBMaglevHashSeed); err != nil || len(seed) != maglevSeedLen {
 		bad("bpf-lb-maglev-hash-seed", "must be %d bytes in base64: make one with 'head -c%d /dev/urandom | base64 -w0'", maglevSeedLen, maglevSeedLen)
 	}
-	if why := c.DSRProblem(); why != "" {
+	if why := c.DSRProblem(); why != "" && c.LBMode != "snat" {
 		bad("bpf-lb-dsr-dispatch", "%s", why)
+	} else if why != "" {
+		c.notes = append(c.notes, "bpf-lb-dsr-dispatch: "+c.LBDSRDispatch+" has no effect: bpf-lb-mode is snat; services that ask for dsr by their annotation use opt")
 	}
 	switch c.LBAcceleration {
 	case "native":

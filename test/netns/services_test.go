@@ -96,6 +96,11 @@ func TestServicesDSRVXLAN(t *testing.T) {
 	testServices(t, options{podsPerNode: 2, tunnel: "vxlan", dsr: true})
 }
 
+func TestServicesDSRGeneve(t *testing.T) {
+	needGeneve(t)
+	testServices(t, options{podsPerNode: 2, tunnel: "geneve", dsr: true})
+}
+
 // testServices reaches services per packet: from outside, and from pods whose sockets no program translates.
 func testServices(t *testing.T, o options) {
 	c := newCluster(t, o)

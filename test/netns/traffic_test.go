@@ -153,12 +153,17 @@ func TestTrafficVXLANOverIPv6(t *testing.T) {
 }
 
 func TestTrafficGeneve(t *testing.T) {
+	needGeneve(t)
+	testTraffic(t, options{podsPerNode: 2, tunnel: "geneve"})
+}
+
+func needGeneve(t *testing.T) {
+	t.Helper()
 	ns := testutil.Netns(t)
 	if out, err := try(ns, "ip", "link", "add", "probe", "type", "geneve", "external"); err != nil {
 		t.Skipf("this kernel has no geneve: %s", out)
 	}
 	ip(t, ns, "link del probe")
-	testTraffic(t, options{podsPerNode: 2, tunnel: "geneve"})
 }
 
 func testTraffic(t *testing.T, o options) {
