@@ -142,7 +142,7 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 	    dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
 		c->flags |= CONN_DSR;
 	if (!(c->flags & CONN_DSR)) {
-		err = lb_claim(skb, p, &scratch->key, c, &nat);
+		err = lb_claim(skb, p, c, &nat);
 		if (err)
 			return err;
 	} else {
@@ -307,7 +307,7 @@ static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u
 	if (!ep)
 		return orig ? to_backend(skb, p, c, why) : to_client(skb, p, HOOK_NETDEV, c, why);
 	if (orig) {
-		int err = lb_claim(skb, p, &scratch->key, c, &p->src);
+		int err = lb_claim(skb, p, c, &p->src);
 
 		if (err)
 			return err;
@@ -450,7 +450,7 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	orig = met == MET_ORIG;
 	tell = conn_tell_out(orig ? &c->orig : &c->reply, p, orig);
 	if (orig) {
-		err = masquerade(skb, p, &scratch->key, c, dev);
+		err = masquerade(skb, p, c, dev);
 		if (err)
 			return err;
 		c->expires = ticks() + conn_lifetime(c, p->proto);

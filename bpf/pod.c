@@ -56,7 +56,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		return ACTION_HOST;
 	}
 	if (orig && !(p->flags & PKT_TRANSLATED)) {
-		err = masquerade(skb, p, k, c, dev);
+		err = masquerade(skb, p, c, dev);
 		if (err)
 			return err;
 	}
@@ -148,7 +148,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		bool self = ep && ep->ifindex == in;
 		struct addr nat = !self ? p->src : p->v6 ? ROUTER6 : ROUTER4;
 
-		err = lb_claim(skb, p, k, c, &nat);
+		err = lb_claim(skb, p, c, &nat);
 		if (err)
 			return err;
 	}

@@ -169,16 +169,19 @@ static __always_inline struct conn *conn_answered(struct conn_key *k, const stru
 	return addr_equal(from, &p->src) && port == p->sport ? c : NULL;
 }
 
-/* conn_open finds the packet's record or makes one, in which nothing is decided.
- * A closed or expired record is made anew. 0, or a drop reason: the map is full. */
-__noinline int conn_open(struct pkt *p, struct conn_key *k, __u32 from_hi)
+/* conn_open finds the record of the packet's key, in scratch->key, or makes one in which nothing is
+ * decided. A closed or expired record is made anew. 0, or a drop reason: the map is full.
+ * (Before 6.2 the verifier takes no argument of a global function for a map's key or value.) */
+__noinline int conn_open(struct pkt *p, __u32 from_hi)
 {
 	__u32 now = ticks(), zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct conn *c, *fresh;
+	struct conn_key *k;
 
-	if (!p || !k || !scratch)
+	if (!p || !scratch)
 		return -DROP_CT_INSERT;
+	k = &scratch->key;
 	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (c && !past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
 		return 0;

@@ -197,7 +197,7 @@ static __always_inline int lb_open(struct __sk_buff *skb, struct pkt *p, struct 
 		if (err)
 			return err;
 	}
-	err = conn_open(p, &scratch->key, from_hi);
+	err = conn_open(p, from_hi);
 	if (err)
 		return err;
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
@@ -253,7 +253,7 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 	if (met == MET_NOTHING) {
 		if (!(how & MEET_OPEN))
 			return MET_NOTHING;
-		met = conn_open(p, k, from_hi);
+		met = conn_open(p, from_hi);
 		return met ? met : MET_ORIG;
 	}
 	c = bpf_map_lookup_elem(&lash_conn, k);
@@ -263,9 +263,9 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 }
 
 /* lb_claim gives a service's connection its translated tuple: on address nat, or on the client's own. Once. */
-static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k, struct conn *c, struct addr *nat)
+static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct addr *nat)
 {
-	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, k, c, nat);
+	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, c, nat);
 }
 
 /* lb_direct: the connection's frontend, under its key in scratch, has backends answer by themselves. */

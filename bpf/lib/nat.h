@@ -229,18 +229,19 @@ static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p, co
 
 #define SNAT_TRIES 16
 
-/* nat_claim gives the connection a source port on address nat that nobody else uses towards the
- * packet's destination, and the row of lash_nat. On the packet's own address that is its own port,
- * if it can be. k is the record's key; p is translated on the responder's side already. 0 or a drop reason. */
-__noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k, struct conn *c, struct addr *nat)
+/* nat_claim gives the connection in scratch->key a source port on address nat that nobody else uses
+ * towards the packet's destination, and the row of lash_nat. On the packet's own address that is its
+ * own port, if it can be. p is translated on the responder's side already. 0 or a drop reason. */
+__noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct addr *nat)
 {
 	__u32 span = cfg_snat_max - cfg_snat_min + 1, start, now = ticks(), zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	bool request, ports, own;
-	struct conn_key *nk;
+	struct conn_key *k, *nk;
 
-	if (!scratch || !p || !k || !c || !nat)
+	if (!scratch || !p || !c || !nat)
 		return -DROP_NAT_EXHAUSTED;
+	k = &scratch->key;
 	request = (p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO);
 	ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || request;
 	own = addr_equal(nat, &p->src);
@@ -290,8 +291,8 @@ __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *
 
 /* masquerade decides once a connection whether its source changes when it leaves by
  * this device. 0 or a drop reason. */
-static __always_inline int masquerade(struct __sk_buff *skb, struct pkt *p, struct conn_key *k,
-				      struct conn *c, const struct device *dev)
+static __always_inline int masquerade(struct __sk_buff *skb, struct pkt *p, struct conn *c,
+				      const struct device *dev)
 {
 	struct addr nat;
 
@@ -304,7 +305,7 @@ static __always_inline int masquerade(struct __sk_buff *skb, struct pkt *p, stru
 	nat = p->v6 ? dev->ip6 : dev->ip4;
 	if (addr_zero(&nat))
 		return 0;
-	return nat_claim(skb, p, k, c, &nat);
+	return nat_claim(skb, p, c, &nat);
 }
 
 /* --- ICMP errors about translated packets -------------------------------- */
