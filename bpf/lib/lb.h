@@ -6,7 +6,7 @@
 #ifndef LASH_LB_H
 #define LASH_LB_H
 
-#include "route.h"
+#include "snat.h"
 
 #define FILE_ID FILE_LB
 
@@ -263,9 +263,9 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 }
 
 /* lb_claim gives a service's connection its translated tuple: on address nat, or on the client's own. Once. */
-static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct conn_key *k, struct conn *c, struct addr *nat)
+static __always_inline int lb_claim(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct addr *nat)
 {
-	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, k, c, nat);
+	return c->flags & CONN_CLAIMED ? 0 : nat_claim(skb, p, c, nat);
 }
 
 /* lb_direct: the connection's frontend, under its key in scratch, has backends answer by themselves. */
