@@ -36,6 +36,8 @@ CONFIG(struct addr, router4, "the pods' IPv4 gateway (IPv4-mapped)");
 CONFIG(struct addr, router6, "the pods' IPv6 gateway");
 CONFIG(__u32, snat_min, "first source port for masquerading");
 CONFIG(__u32, snat_max, "last source port for masquerading");
+CONFIG(__u32, snat_far_min, "first of those that are used too when there is none left of the others");
+CONFIG(__u32, snat_far_max, "last of those; 0: there are none");
 CONFIG(struct addr, node4, "the node's IPv4 address on the direct device (IPv4-mapped): told apart from services' without a lookup");
 CONFIG(struct addr, node6, "the same for IPv6");
 CONFIG(bool, services, "true: packets that ask for services are served; false: kube-proxy does it");

@@ -46,6 +46,10 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 	if (!c)
 		return DROP(p, DROP_CT_INSERT);
 	orig = met == MET_ORIG;
+	if (orig && !c->orig.packets && nat_taken(&scratch->key)) {
+		bpf_map_delete_elem(&lash_conn, &scratch->key);
+		return DROP(p, DROP_NAT_EXHAUSTED);
+	}
 
 	/* Ingress policy comes in here. */
 

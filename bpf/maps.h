@@ -159,7 +159,14 @@ struct conn_key {
 	__be16 lo_port;          /* ICMP echo: the identifier on the requester's side, 0 on the other */
 	__be16 hi_port;
 	__u8 proto;
-	__u8 pad[3];
+	__u8 kind;               /* enum key_kind */
+	__u8 pad[2];
+};
+
+enum key_kind {
+	KEY_TUPLE,
+	KEY_NODE,                /* a connection of the node itself whose tuple, beyond the node, is another's */
+	KEY_LOCK,                /* of lash_nat: the tuple's row is being removed; leads nowhere */
 };
 
 enum conn_action {
@@ -252,7 +259,8 @@ struct {
 } lash_conn SEC(".maps");
 
 /* --- lash_nat: the translated tuple of a connection (masquerading, services) leads to
- * its record. Written with the record, removed with it. */
+ * its record. Written with the record, removed with it, under a lock: the row of the same
+ * tuple with KEY_LOCK, which only one can make. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -260,6 +268,50 @@ struct {
 	__type(key, struct conn_key);
 	__type(value, struct conn_key);
 } lash_nat SEC(".maps");
+
+/* --- lash_snat_ports: when a port, or the identifier of an echo, was last claimed on an address of the
+ * node for somebody else; 0: not since nobody has it. By it packets of the node's own sockets are
+ * told apart without a search of lash_nat. Programs write; the agent clears, by compare and swap. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, __u32);
+} lash_snat_ports SEC(".maps");
+
+/* --- lash_snat_full: destinations towards which no source port was left, lately.
+ * Programs write; the agent tells who has the ports. */
+struct snat_full_key {
+	struct addr nat;         /* the node's address */
+	struct addr dst;
+	__be16 dport;
+	__u8 proto;
+	__u8 pad[5];
+};
+
+struct snat_full {
+	__u64 packets;           /* dropped for it */
+	__u32 last;              /* ticks (low half) */
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct snat_full_key);
+	__type(value, struct snat_full);
+} lash_snat_full SEC(".maps");
+
+/* --- lash_ipmasq: destinations outside of the cluster that are not masqueraded either, by longest
+ * prefix. Agent writes; slow path reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct ipcache_key);
+	__type(value, __u32);
+} lash_ipmasq SEC(".maps");
 
 /* --- lash_frags: ports of a fragmented datagram, learned from its first
  * fragment. Slow path only; old rows are evicted. */
@@ -629,6 +681,10 @@ struct scratch {
 	struct conn conn;
 	struct conn_key key;     /* the packet's */
 	struct conn_key nat_key; /* the translated one */
+	struct conn_key lock;    /* its lock */
+	struct addr nat;         /* the address that a connection is given */
+	struct snat_full_key full_key;
+	struct snat_full full;
 	__u8 fib[64];            /* struct bpf_fib_lookup */
 	__u8 pkt[80];            /* struct pkt */
 	__u8 plan[176];          /* struct plan */
@@ -642,6 +698,7 @@ struct scratch {
 	struct ipcache_key prefix;
 	__u32 tell;              /* enum trace_reason */
 	__u32 why;               /* enum slow_reason, of the packet in pkt */
+	__u32 nat_own;           /* nat is the packet's own address */
 	/* Of an event: both ends, and where the tunnel leads (the last four bytes). */
 	__u32 src_identity, dst_identity;
 	__u16 src_id, dst_id;

@@ -27,7 +27,7 @@ func DropName(reason uint8) string {
 var fileNames = map[uint8]string{
 	FilePod: "pod.c", FileNetdev: "netdev.c", FileHost: "host.c", FileSock: "sock.c", FileOverlay: "overlay.c", FileParse: "parse.h",
 	FileConn: "conn.h", FileNAT: "nat.h", FileFIB: "fib.h", FileNeigh: "neigh.h", FileRoute: "route.h",
-	FileLB: "lb.h", FileDSR: "dsr.h",
+	FileLB: "lb.h", FileDSR: "dsr.h", FileSNAT: "snat.h",
 }
 
 // FileName is the source file that DROP() noted.

@@ -240,8 +240,7 @@ static __always_inline bool concerns(const struct __sk_buff *skb, const struct p
 	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
 		return false; /* other nodes' encapsulated packets */
 	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
-		return (port >= cfg_snat_min && port <= cfg_snat_max) ||
-		       (cfg_services && port_used(port, PORT_FRONTEND));
+		return snat_claimed(port) || (cfg_services && port_used(port, PORT_FRONTEND));
 	return p->proto != IPPROTO_ICMPV6;
 }
 
@@ -262,9 +261,9 @@ static __noinline int masqueraded(struct __sk_buff *skb, struct pkt *p, struct c
 		return DROP(p, DROP_UNROUTABLE);
 	forth = &scratch->conn.reply;
 	__builtin_memset(forth, 0, sizeof(*forth));
-	if (cfg_host_routing && p->ttl > 1)
+	if (cfg_host_routing && p->ttl > 1 && !(ep->flags & ENDPOINT_HOST))
 		decide_pod(forth, IN_NETDEV, ep, DIR_TTL | DIR_NO_NAT);
-	else /* the stack delivers it, or answers that its time is exceeded */
+	else /* the stack delivers it, answers that its time is exceeded, or asked itself (apart) */
 		decide_stack(forth, IN_NETDEV, ACTION_PASS, 0);
 	forth->flags |= DIR_NO_NAT;
 	count(HOOK_NETDEV, p->ttl <= 1 ? SLOW_TTL : SLOW_MASQUERADE, skb->len);
@@ -380,7 +379,8 @@ int from_netdev(struct __sk_buff *skb)
 	return verdict < NOT_FAST ? drop(skb, p, HOOK_NETDEV, verdict) : verdict;
 }
 
-/* to_netdev_node: what the node itself sends answers a client, perhaps, that asked for a service. */
+/* to_netdev_node: what the node itself sends answers a client, perhaps, that asked for a service, or
+ * comes from a port that is somebody else's towards its destination. */
 static __noinline int to_netdev_node(struct __sk_buff *skb, struct pkt *p)
 {
 	__u32 zero = 0;
@@ -396,7 +396,9 @@ static __noinline int to_netdev_node(struct __sk_buff *skb, struct pkt *p)
 		return VERDICT_OK;
 	pkt_key(&scratch->key, p);
 	c = conn_answered(&scratch->key, p);
-	if (!c || !(c->flags & CONN_DNAT))
+	if (!c)
+		return apart(skb, p);
+	if (!(c->flags & CONN_DNAT))
 		return VERDICT_OK;
 	conn_see(c, &c->reply, p, false, skb->len, ticks());
 	tell = conn_tell(&c->reply, p, false);
@@ -450,7 +452,7 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	orig = met == MET_ORIG;
 	tell = conn_tell_out(orig ? &c->orig : &c->reply, p, orig);
 	if (orig) {
-		err = masquerade(skb, p, c, dev);
+		err = masquerade(skb, p, scratch, c, dev);
 		if (err)
 			return err;
 		c->expires = ticks() + conn_lifetime(c, p->proto);
@@ -458,6 +460,8 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		nat = c->flags & CONN_NAT;
 		if (nat && nat_apply(skb, p, c, &scratch->key, DIR_TO_NAT))
 			return DROP(p, DROP_WRITE);
+		if (nat) /* it may leave by more devices than one, and is the node's from here on */
+			skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 	}
 	if (tell != TRACE_NOT)
 		observe(skb, TRACE_TO_NETWORK | (nat ? OBSERVE_NAT : 0), out, tell, c->expires / cfg_hz);
@@ -478,9 +482,9 @@ static __noinline int to_netdev_fast(struct __sk_buff *skb)
 		return VERDICT_OK;
 	if (verdict)
 		return VERDICT_OK;
-	/* Of the node's own traffic, what backends on its network answer, and errors. */
+	/* Of the node's own traffic, what backends on its network answer, errors, and what comes from claimed ports. */
 	if (!for_pods(&p, &p.src) && !(cfg_services && port_used(bpf_ntohs(p.sport), PORT_BACKEND)) &&
-	    !(cfg_services && (p.flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))))
+	    !(cfg_services && (p.flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))) && !snat_claimed(bpf_ntohs(p.sport)))
 		return VERDICT_OK;
 	slow_pkt(&p, SLOW_NOT);
 	return NOT_FAST;

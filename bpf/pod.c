@@ -31,7 +31,7 @@ static __always_inline void decide_back(struct conn_dir *d, __u32 in, __u32 ifin
 /* plan_route decides what leaves the node: both directions, masquerading with them when
  * the packet is the initiator's (orig). The action for this packet, or a drop reason. */
 static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, struct plan *plan,
-				      const struct iface *iface, struct conn_key *k, struct conn *c, bool orig)
+				      const struct iface *iface, struct scratch *scratch, struct conn *c, bool orig)
 {
 	__u32 in = skb->ifindex;
 	struct device *dev;
@@ -56,7 +56,7 @@ static __always_inline int plan_route(struct __sk_buff *skb, struct pkt *p, stru
 		return ACTION_HOST;
 	}
 	if (orig && !(p->flags & PKT_TRANSLATED)) {
-		err = masquerade(skb, p, c, dev);
+		err = masquerade(skb, p, scratch, c, dev);
 		if (err)
 			return err;
 	}
@@ -139,7 +139,7 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 			decide_back(&plan->back, IN_OVERLAY, in, iface, DIR_TTL);
 		action = ACTION_TUNNEL;
 	} else {
-		action = plan_route(skb, p, plan, iface, k, c, orig);
+		action = plan_route(skb, p, plan, iface, scratch, c, orig);
 		if (action < 0)
 			return action;
 	}

@@ -21,6 +21,7 @@ enum frontend_flags *frontend_flags;
 enum backend_flags *backend_flags;
 enum member_state *member_state;
 enum port_use *port_use;
+enum key_kind *key_kind;
 enum event_switches *event_switches;
 enum aggregation *aggregation;
 enum report *report;

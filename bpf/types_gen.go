@@ -95,7 +95,8 @@ type ConnKey struct {
 	LoPort BE16
 	HiPort BE16
 	Proto  uint8
-	_      [3]uint8
+	Kind   uint8
+	_      [2]uint8
 }
 
 // Count is struct count, 16 bytes.
@@ -252,11 +253,15 @@ type Runtime struct {
 	_           uint32
 }
 
-// Scratch is struct scratch, 840 bytes.
+// Scratch is struct scratch, 952 bytes.
 type Scratch struct {
 	Conn        Conn
 	Key         ConnKey
 	NATKey      ConnKey
+	Lock        ConnKey
+	NAT         Addr
+	FullKey     SNATFullKey
+	Full        SNATFull
 	FIB         [64]uint8
 	Pkt         [80]uint8
 	Plan        [176]uint8
@@ -270,12 +275,12 @@ type Scratch struct {
 	Prefix      IPCacheKey
 	Tell        uint32
 	Why         uint32
+	NATOwn      uint32
 	SrcIdentity uint32
 	DstIdentity uint32
 	SrcID       uint16
 	DstID       uint16
 	Node        BE32
-	_           [4]byte
 }
 
 // Service is struct service, 24 bytes.
@@ -292,6 +297,22 @@ type Service struct {
 type ServiceKey struct {
 	Addr  Addr
 	Port  BE16
+	Proto uint8
+	_     [5]uint8
+}
+
+// SNATFull is struct snat_full, 16 bytes.
+type SNATFull struct {
+	Packets uint64
+	Last    uint32
+	_       uint32
+}
+
+// SNATFullKey is struct snat_full_key, 40 bytes.
+type SNATFullKey struct {
+	NAT   Addr
+	Dst   Addr
+	Dport BE16
 	Proto uint8
 	_     [5]uint8
 }
@@ -512,6 +533,7 @@ const (
 	FileOverlay = 11
 	FileLB      = 12
 	FileDSR     = 13
+	FileSNAT    = 14
 )
 
 // enum frontend_flags.
@@ -554,6 +576,13 @@ const (
 const (
 	IPCacheTunnel = 1
 	IPCachePeer   = 2
+)
+
+// enum key_kind.
+const (
+	KeyTuple = 0
+	KeyNode  = 1
+	KeyLock  = 2
 )
 
 // enum member_state.
@@ -709,6 +738,10 @@ type Constants struct {
 	Router6 Addr `cfg:"cfg_router6"`
 	// true: packets that ask for services are served; false: kube-proxy does it.
 	Services bool `cfg:"cfg_services"`
+	// last of those; 0: there are none.
+	SNATFarMax uint32 `cfg:"cfg_snat_far_max"`
+	// first of those that are used too when there is none left of the others.
+	SNATFarMin uint32 `cfg:"cfg_snat_far_min"`
 	// last source port for masquerading.
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
@@ -733,6 +766,7 @@ var Maps = []string{
 	"lash_frags",
 	"lash_ifaces",
 	"lash_ipcache",
+	"lash_ipmasq",
 	"lash_local_netns",
 	"lash_local_pairs",
 	"lash_local_socks",
@@ -743,6 +777,8 @@ var Maps = []string{
 	"lash_runtime",
 	"lash_scratch",
 	"lash_services",
+	"lash_snat_full",
+	"lash_snat_ports",
 	"lash_sock_pin",
 	"lash_sock_rev",
 	"lash_source_ranges",

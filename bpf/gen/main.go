@@ -112,7 +112,7 @@ func (g *generator) read(path string) error {
 
 // ours lists the enumerations that Go needs; the kernel's own stay out.
 var ours = map[string]bool{
-	"endpoint_flags": true, "ipcache_flags": true, "frontend_flags": true, "backend_flags": true, "member_state": true, "port_use": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true,
+	"endpoint_flags": true, "ipcache_flags": true, "frontend_flags": true, "backend_flags": true, "member_state": true, "port_use": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true, "key_kind": true,
 	"conn_state": true, "identity": true, "hook": true, "slow_reason": true, "drop_reason": true, "file_id": true,
 	"event_switches": true, "aggregation": true, "report": true, "event_type": true, "trace_point": true, "trace_reason": true,
 	"trace_flags": true, "capture_point": true, "verdict_flags": true, "debug_type": true,

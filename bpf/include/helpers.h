@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <asm-generic/errno-base.h>
 #include <linux/types.h>
 #include <linux/bpf.h>
 #include <linux/in.h>

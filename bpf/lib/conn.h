@@ -51,6 +51,7 @@ static __always_inline bool conn_key(struct conn_key *k, const struct addr *src,
 		k->hi_port = dport;
 	}
 	k->proto = proto;
+	k->kind = KEY_TUPLE;
 	__builtin_memset(k->pad, 0, sizeof(k->pad));
 	return swap;
 }
@@ -58,7 +59,7 @@ static __always_inline bool conn_key(struct conn_key *k, const struct addr *src,
 static __always_inline bool conn_key_equal(const struct conn_key *a, const struct conn_key *b)
 {
 	return addr_equal(&a->lo, &b->lo) && addr_equal(&a->hi, &b->hi) && a->lo_port == b->lo_port &&
-	       a->hi_port == b->hi_port && a->proto == b->proto;
+	       a->hi_port == b->hi_port && a->proto == b->proto && a->kind == b->kind;
 }
 
 static __always_inline bool pkt_key(struct conn_key *k, const struct pkt *p)
@@ -169,6 +170,20 @@ static __always_inline struct conn *conn_answered(struct conn_key *k, const stru
 	return addr_equal(from, &p->src) && port == p->sport ? c : NULL;
 }
 
+/* nat_lock makes sure that the row of lash_nat of scratch->nat_key that is looked at is the one that is
+ * removed. False: somebody else is at it. */
+static __always_inline bool nat_lock(struct scratch *scratch)
+{
+	scratch->lock = scratch->nat_key;
+	scratch->lock.kind = KEY_LOCK;
+	return !bpf_map_update_elem(&lash_nat, &scratch->lock, &scratch->lock, BPF_NOEXIST);
+}
+
+static __always_inline void nat_unlock(struct scratch *scratch)
+{
+	bpf_map_delete_elem(&lash_nat, &scratch->lock);
+}
+
 /* conn_open finds the record of the packet's key, in scratch->key, or makes one in which nothing is
  * decided. A closed or expired record is made anew. 0, or a drop reason: the map is full.
  * (Before 6.2 the verifier takes no argument of a global function for a map's key or value.) */
@@ -190,9 +205,12 @@ __noinline int conn_open(struct pkt *p, __u32 from_hi)
 		struct conn_key *owner;
 
 		conn_translated(&scratch->nat_key, c, k);
-		owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
-		if (owner && conn_key_equal(owner, k))
-			bpf_map_delete_elem(&lash_nat, &scratch->nat_key);
+		if (nat_lock(scratch)) {
+			owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
+			if (owner && conn_key_equal(owner, k))
+				bpf_map_delete_elem(&lash_nat, &scratch->nat_key);
+			nat_unlock(scratch);
+		}
 	}
 	fresh = &scratch->conn;
 	__builtin_memset(fresh, 0, sizeof(*fresh));

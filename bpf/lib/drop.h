@@ -38,7 +38,7 @@ enum drop_reason {
 enum file_id {
 	FILE_POD = 1, FILE_NETDEV, FILE_HOST, FILE_SOCK,
 	FILE_PARSE, FILE_CONN, FILE_NAT, FILE_FIB, FILE_NEIGH, FILE_ROUTE, FILE_OVERLAY,
-	FILE_LB, FILE_DSR,
+	FILE_LB, FILE_DSR, FILE_SNAT,
 };
 
 #define DROP(p, reason) ({ (p)->line = __LINE__; (p)->file = FILE_ID; -(int)(reason); })

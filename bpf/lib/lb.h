@@ -6,7 +6,7 @@
 #ifndef LASH_LB_H
 #define LASH_LB_H
 
-#include "route.h"
+#include "snat.h"
 
 #define FILE_ID FILE_LB
 

@@ -298,13 +298,18 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 			c.NativeCIDRs = append(c.NativeCIDRs, p)
 		}
 	}
-	// Translated connections keep out of the ports that NodePort services may have.
-	if cfg.NodePortRange.First > 1024 {
+	// Translated connections keep out of the ports that NodePort services may have. Those below, which the node's sockets
+	// seldom choose by themselves, are used first.
+	below, above := cfg.NodePortRange.First > 1024, cfg.NodePortRange.Last < 65535
+	switch {
+	case below:
 		c.SNATMin, c.SNATMax = 1024, cfg.NodePortRange.First-1
-	} else {
-		c.SNATMin, c.SNATMax = cfg.NodePortRange.Last+1, 65535
-	}
-	if c.SNATMax < c.SNATMin {
+		if above {
+			c.SNATFarMin, c.SNATFarMax = cfg.NodePortRange.Last+1, 65535
+		}
+	case above:
+		c.SNATMin, c.SNATMax = max(cfg.NodePortRange.Last+1, 1024), 65535
+	default:
 		return c, fmt.Errorf("node-port-range %d-%d leaves no ports for masquerading: make it smaller", cfg.NodePortRange.First, cfg.NodePortRange.Last)
 	}
 	return c, nil

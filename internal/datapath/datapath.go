@@ -42,6 +42,8 @@ type Config struct {
 	Masquerade6 bool
 	SNATMin     uint16 // source ports of masqueraded connections
 	SNATMax     uint16
+	SNATFarMin  uint16 // those used too when there is none left of the others
+	SNATFarMax  uint16 // 0: there are none
 
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
@@ -78,6 +80,8 @@ type Datapath struct {
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
 	departed map[netip.Prefix]bool // taken from the ipcache; Sweep has not looked for them yet
+	snat     snatPorts
+	locks    map[bpf.ConnKey]bool // of lash_nat, that the last Sweep found
 	services *ServicePorts
 
 	dryMu  sync.Mutex // one packet is tried at a time
@@ -94,6 +98,9 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	}
 	if cfg.SNATMax < cfg.SNATMin {
 		return nil, fmt.Errorf("masquerading ports %d-%d: the last is smaller than the first", cfg.SNATMin, cfg.SNATMax)
+	}
+	if cfg.SNATFarMax != 0 && cfg.SNATFarMax < cfg.SNATFarMin {
+		return nil, fmt.Errorf("masquerading ports %d-%d: the last is smaller than the first", cfg.SNATFarMin, cfg.SNATFarMax)
 	}
 	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{},
 		ifaces: map[uint32]bpf.Iface{}, departed: map[netip.Prefix]bool{}}
@@ -140,6 +147,7 @@ func (d *Datapath) Close() error {
 			d.log.Error("decisions of connections were not invalidated", "error", err)
 		}
 	}
+	d.snat.close()
 	for _, p := range d.programs {
 		p.Close()
 	}
@@ -188,6 +196,8 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		Masquerade6:    d.cfg.Masquerade6,
 		SNATMin:        uint32(d.cfg.SNATMin),
 		SNATMax:        uint32(d.cfg.SNATMax),
+		SNATFarMin:     uint32(d.cfg.SNATFarMin),
+		SNATFarMax:     uint32(d.cfg.SNATFarMax),
 		HaveSetRetval:  d.features.SetRetval,
 		DSR:            d.cfg.DSR,
 		TunnelMTU:      uint32(d.cfg.TunnelMTU),
@@ -380,6 +390,9 @@ func (d *Datapath) begin() error {
 	}
 	if err := it.Err(); err != nil {
 		return fmt.Errorf("read lash_ifaces: %w", err)
+	}
+	if err := d.openSNATPorts(); err != nil {
+		return err
 	}
 	if err := d.SetMonitoring(Monitoring{}); err != nil { // an earlier agent's listeners are gone
 		return err

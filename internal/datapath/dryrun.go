@@ -22,10 +22,10 @@ import (
 // run's own copy switches events on.
 var programsWrite = map[string]bool{
 	"lash_backends": false, "lash_devices": false, "lash_endpoints": false, "lash_ifaces": false, "lash_ipcache": false, "lash_services": false,
-	"lash_maglev": false, "lash_members": false, "lash_ports": false, "lash_source_ranges": false,
+	"lash_maglev": false, "lash_members": false, "lash_ports": false, "lash_source_ranges": false, "lash_ipmasq": false,
 
 	"lash_conn": true, "lash_counts": true, "lash_drops": true, "lash_events": true, "lash_events_lost": true, "lash_frags": true,
-	"lash_nat": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
+	"lash_nat": true, "lash_snat_full": true, "lash_snat_ports": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
 	"lash_affinity": true, "lash_sock_pin": true, "lash_local_netns": false, "lash_local_pairs": true, "lash_local_socks": true,
 }
 
@@ -264,6 +264,11 @@ func (r *DryRun) Run(in DryPacket) (*DryOutcome, error) {
 // remember copies what the live maps have of the packet's connection, unless an earlier program of the dry run has made
 // up its mind about it.
 func (r *DryRun) remember(key bpf.ConnKey, out *DryOutcome) error {
+	for _, port := range []bpf.BE16{key.LoPort, key.HiPort} {
+		if err := r.p.maps["lash_snat_ports"].Put(uint32(port.Host()), r.d.snat.when(port.Host())); err != nil {
+			return err
+		}
+	}
 	owner := key
 	if raw, err := lookupRaw(r.p.maps["lash_nat"], &key); err != nil {
 		return err

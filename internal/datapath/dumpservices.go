@@ -170,6 +170,9 @@ func (d *Datapath) dumpTranslations() (columns []string, rows [][]string, err er
 	columns = []string{"PROTO", "DIR", "FROM", "", "TO", "TRANSLATION", "AGE", "POD OR CLIENT"}
 	err = listBatch(d.maps["lash_nat"], "lash_nat", func(t, owner bpf.ConnKey) {
 		var c bpf.Conn
+		if t.Kind == bpf.KeyLock {
+			return
+		}
 		if d.maps["lash_conn"].Lookup(&owner, &c) != nil {
 			lo, hi := sides(t, c)
 			rows = append(rows, []string{protoName(t.Proto), "?", lo.String(), "->", hi.String(), "(no connection)", "", ""})

@@ -41,7 +41,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	if err != nil {
 		return s, err
 	}
-	conns, nat := d.maps["lash_conn"], d.maps["lash_nat"]
+	conns := d.maps["lash_conn"]
 	gone := orphans{d: d, known: map[bpf.Addr]bool{}, departed: d.takeDeparted()}
 	for p := range gone.departed {
 		if !p.IsSingleIP() {
@@ -91,20 +91,8 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 			return s, err
 		}
 	}
-	var stale []bpf.ConnKey
-	if err = cutShort(list(nat, "lash_nat", func(translated, owner bpf.ConnKey) {
-		var c bpf.Conn
-		if err := conns.Lookup(&owner, &c); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && translatedKey(owner, c) != unordered(translated) {
-			stale = append(stale, translated)
-		}
-	})); err != nil {
+	if s.Translations, err = d.sweepTranslations(now, cutShort); err != nil {
 		return s, err
-	}
-	for _, k := range stale {
-		s.Translations++
-		if err = remove(nat, &k); err != nil {
-			return s, fmt.Errorf("translation %v: %w", k, err)
-		}
 	}
 	var sockets []bpf.SockRevKey
 	if err = cutShort(list(d.maps["lash_sock_rev"], "lash_sock_rev", func(k bpf.SockRevKey, _ bpf.SockRev) {

@@ -32,7 +32,7 @@ func withMaps(t *testing.T, cfg Config) *Datapath {
 			if !isOurs(name) || d.maps[name] != nil {
 				continue
 			}
-			if m.Type != ebpf.RingBuf { // whose size is in pages
+			if m.Type != ebpf.RingBuf && name != "lash_snat_ports" { // whose sizes are given
 				m.MaxEntries = min(m.MaxEntries, 1024)
 			}
 			if d.maps[name], err = ebpf.NewMap(m); err != nil {
@@ -53,6 +53,10 @@ func withMaps(t *testing.T, cfg Config) *Datapath {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { d.programs["clock"].Close() })
+	if err := d.openSNATPorts(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.snat.close)
 	return d
 }
 

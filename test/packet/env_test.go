@@ -236,18 +236,7 @@ func (p *programs) endpoint(a netip.Addr, ifindex int, gone bool) error {
 // forget empties what the programs themselves write.
 func (p *programs) forget(t testing.TB) {
 	t.Helper()
-	for _, name := range []string{"lash_conn", "lash_nat", "lash_frags"} {
-		m := p.dp.Map(name)
-		for {
-			var k []byte
-			if err := m.NextKey(nil, &k); err != nil {
-				break
-			}
-			if err := m.Delete(k); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	p.clear(t, "lash_conn", "lash_nat", "lash_frags", "lash_snat_full")
 }
 
 // skbuff is struct __sk_buff of the UAPI, the program's context.

@@ -81,14 +81,21 @@ var configs = map[string]func(*datapath.Config){
 	"no masquerading": func(c *datapath.Config) {
 		c.Masquerade4, c.Masquerade6 = false, false
 	},
-	"no pod CIDRs":      func(c *datapath.Config) { c.PodCIDRs = nil },
-	"tunnel":            func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
-	"drop":              func(c *datapath.Config) { c.DropNoBackend = true },
-	"without routers":   func(c *datapath.Config) { c.Routers = nil },
-	"kube-proxy":        func(c *datapath.Config) { c.NoServices = true },
-	"dsr":               func(c *datapath.Config) { c.DSR = true },
-	"dsr, legacy":       func(c *datapath.Config) { c.DSR, c.HostRouting = true, false },
-	"one port":          func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
+	"no pod CIDRs":    func(c *datapath.Config) { c.PodCIDRs = nil },
+	"tunnel":          func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
+	"drop":            func(c *datapath.Config) { c.DropNoBackend = true },
+	"without routers": func(c *datapath.Config) { c.Routers = nil },
+	"kube-proxy":      func(c *datapath.Config) { c.NoServices = true },
+	"dsr":             func(c *datapath.Config) { c.DSR = true },
+	"dsr, legacy":     func(c *datapath.Config) { c.DSR, c.HostRouting = true, false },
+	"one port":        func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
+	"all ports": func(c *datapath.Config) {
+		c.SNATMin, c.SNATMax, c.SNATFarMin, c.SNATFarMax, c.ConnMax = 1024, 29999, 32768, 65535, 1<<18
+	},
+	"one port by the tunnel": func(c *datapath.Config) {
+		c.SNATMin, c.SNATMax, c.OverlayIfindex, c.TunnelPort = 30000, 30000, ifOverlay, 8472
+	},
+	"few connections":   func(c *datapath.Config) { c.SNATMin, c.SNATMax = 1024, 39999 },
 	"two connections":   func(c *datapath.Config) { c.ConnMax = 2 },
 	"without lash_host": func(c *datapath.Config) { c.HostIfindex = 4000 },
 }

@@ -101,15 +101,18 @@ func (p *programs) unserve(t *testing.T) {
 }
 
 // clear empties maps.
-func (p *programs) clear(t *testing.T, maps ...string) {
+func (p *programs) clear(t testing.TB, maps ...string) {
 	t.Helper()
 	for _, name := range maps {
 		m := p.dp.Map(name)
-		for {
-			var k []byte
-			if err := m.NextKey(nil, &k); err != nil {
-				break
+		var keys [][]byte
+		for k, err := m.NextKeyBytes(nil); k != nil; k, err = m.NextKeyBytes(k) {
+			if err != nil {
+				t.Fatal(err)
 			}
+			keys = append(keys, k)
+		}
+		for _, k := range keys {
 			if err := m.Delete(k); err != nil {
 				t.Fatal(err)
 			}

@@ -774,6 +774,10 @@ func TestWhatTheNodeLacks(t *testing.T) {
 				{at: fromA, pkt: p(1), want: peer(ifB, bpf.SlowNot)},
 			}
 		}},
+		{name: "room for translations", config: "two connections", steps: func(f family) []step { // one translation
+			p := func(sport uint16) packet { return packet{src: f.a, dst: f.outside, l4: "udp", sport: sport, dport: 53} }
+			return []step{{at: fromA, pkt: p(1), want: egress(bpf.SlowNew)}, {at: fromA, pkt: p(2), want: dropped(bpf.DropCTInsert)}}
+		}},
 		{name: "a FIB that answers", config: "without lash_host", steps: func(f family) []step {
 			return []step{{at: fromA, pkt: packet{src: f.a, dst: f.far, l4: "udp", sport: 1, dport: 2}, want: dropped(bpf.DropFIB)}}
 		}},

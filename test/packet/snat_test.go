@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package packet
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/lash-net/lash/bpf"
+)
+
+// A node's own connection has the tuple of a masqueraded one: it gets another, and answers to either reach who asked.
+func TestTheNodesSocketsAndMasqueradingShareNoTuple(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		for _, l4 := range []string{"udp", "tcp", "echo"} {
+			t.Run(f.name+"/"+l4, func(t *testing.T) {
+				p := n.load(t, "bpf")
+				p.forget(t)
+				pod := packet{src: f.a, dst: f.outside, l4: l4, sport: 1000, flags: "S"}
+				if l4 != "echo" {
+					pod.dport = 53
+				}
+				masqueraded := p.must(t, fromA(frame(pod)), egress(bpf.SlowNew))
+				port := read(masqueraded).sport
+				if l4 == "echo" {
+					port = binary.BigEndian.Uint16(masqueraded[read(masqueraded).l4+4:])
+				}
+
+				own := pod
+				own.src, own.sport = f.node, port
+				moved := p.must(t, leaving(frame(own)), want{verdict: verdictOK, counted: []uint32{bpf.SlowMasquerade}})
+				if h := read(moved); h.src != f.node || same(moved, frame(own)) {
+					t.Fatalf("the node's packet left by the pod's tuple: %x", moved)
+				}
+				again := p.must(t, leaving(frame(own)), want{verdict: verdictOK, counted: []uint32{bpf.SlowMasquerade}})
+				if !same(moved, again) {
+					t.Errorf("the node's second packet left by another port\n%x\n%x", moved, again)
+				}
+
+				back := p.must(t, netdev(answer(moved)), want{verdict: verdictOK, counted: []uint32{bpf.SlowMasquerade}})
+				if wanted := answer(frame(own)); !same(back[14:], wanted[14:]) {
+					t.Errorf("the node's answer is\n%x, want\n%x", back, wanted)
+				}
+				back = p.must(t, netdev(answer(masqueraded)), peer(ifA, bpf.SlowNot))
+				if h, wanted := read(back), read(answer(frame(pod))); h.dst != f.a || h.dport != wanted.dport {
+					t.Errorf("the pod's answer went to %s port %d", h.dst, h.dport)
+				}
+
+				// The pod's connection ends; the node's keeps the port it has.
+				for k, c := range p.conns(t) {
+					if k.Kind == bpf.KeyTuple {
+						c.Expires = c.Created - 1
+						if err := p.dp.Map("lash_conn").Put(&k, &c); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				if again := p.must(t, leaving(frame(own)), want{verdict: verdictOK, counted: []uint32{bpf.SlowMasquerade}}); !same(moved, again) {
+					t.Errorf("the node's port changed when the pod's connection ended")
+				}
+				// Another connection of the node from that port, to somewhere else, is nobody's business.
+				own.dport++
+				own.dst = f.peer
+				p.must(t, leaving(frame(own)), pass())
+			})
+		}
+	}
+}
+
+// In the tunnel the node's address is its router address, which from_host sees.
+func TestTheNodesSocketsKeepOffTranslatedTuplesInTheTunnel(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "one port by the tunnel")
+			p.forget(t)
+			serve(f, servicePort{id: 7, backends: []netip.AddrPort{netip.AddrPortFrom(f.far, portTarget)}, flags: bpf.FrontendOutside})(t, p)
+			defer p.unserve(t)
+			out := p.must(t, netdev(frame(packet{src: f.outside, dst: f.node, l4: "tcp", sport: 1000, dport: portNode, flags: "S"})), tunnel(bpf.SlowNew))
+			own := packet{src: f.router, dst: f.far, l4: "tcp", sport: read(out).sport, dport: portTarget, flags: "S"}
+			p.must(t, local(frame(own)), dropped(bpf.DropNATExhausted))
+			own.sport++
+			p.must(t, local(frame(own)), tunnel(bpf.SlowNew))
+		})
+	}
+}
+
+// must runs one packet and wants an outcome.
+func (p *programs) must(t *testing.T, in input, w want) []byte {
+	t.Helper()
+	return p.step(t, step{at: func([]byte) input { return in }, raw: in.frame, want: w}, nil)
+}
+
+// flows sends one packet of each source port and reads which port it left by; 0: it was dropped.
+func (p *programs) flows(t *testing.T, at func([]byte) input, first packet, n int) []uint16 {
+	t.Helper()
+	raw := frame(first)
+	l4 := read(raw).l4
+	out := make([]uint16, n)
+	p.each(t, at, raw, n, func(i int) { binary.BigEndian.PutUint16(raw[l4:], first.sport+uint16(i)) }, func(i int, verdict uint32, _ skbuff, left []byte) {
+		if verdict != verdictDrop {
+			out[i] = binary.BigEndian.Uint16(left[l4:])
+		}
+	})
+	return out
+}
+
+// each runs n packets on one thread, quickly: change writes the next into raw.
+func (p *programs) each(t *testing.T, at func([]byte) input, raw []byte, n int, change func(i int), became func(i int, verdict uint32, ctx skbuff, left []byte)) {
+	t.Helper()
+	in := at(raw)
+	in.frame = raw
+	var after skbuff
+	opts := ebpf.RunOptions{Data: raw, DataOut: make([]byte, len(raw)+256), Context: skbuff{Ifindex: in.ifindex}, ContextOut: &after}
+	err := p.do(func() error {
+		for i := range n {
+			change(i)
+			mend(raw)
+			opts.DataOut = opts.DataOut[:cap(opts.DataOut)]
+			verdict, err := p.dp.Program(in.program).Run(&opts)
+			if err != nil {
+				return err
+			}
+			became(i, verdict, after, opts.DataOut)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Sixty thousand connections to one destination at a time: each has a port of its own, and each answer reaches who asked.
+// Then the ports are used up, which is said of the destination and of who has them, and costs nobody his connection.
+func TestSixtyThousandConnectionsToOneDestination(t *testing.T) {
+	const each, more = 30000, 3000
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "all ports")
+			p.forget(t)
+			defer p.forget(t)
+			first := func(src netip.Addr) packet {
+				return packet{src: src, dst: f.outside, l4: "udp", sport: 1000, dport: 53}
+			}
+			pods := []struct {
+				at      func([]byte) input
+				src     netip.Addr
+				ifindex uint32
+				ports   []uint16
+			}{{fromA, f.a, ifA, nil}, {fromB, f.b, ifB, nil}}
+			taken := map[uint16]bool{}
+			start := time.Now()
+			for i := range pods {
+				pod := &pods[i]
+				pod.ports = p.flows(t, pod.at, first(pod.src), each)
+				for j, port := range pod.ports {
+					if port == 0 || taken[port] || port < 1024 || port >= 30000 && port < 32768 {
+						p.count(t, &outcome{})
+						t.Fatalf("connection %d of %s left by port %d; drops so far %v", j, pod.src, port, p.drops)
+					}
+					taken[port] = true
+				}
+			}
+			opened := time.Since(start)
+
+			// Every answer, with a payload of its own, reaches the pod and the port that asked, also after the flood.
+			checkAll := func() {
+				t.Helper()
+				raw := addressed(answer(frame(first(f.node))), mac(ifEth0))
+				l4 := read(raw).l4
+				for _, pod := range pods {
+					wrong := 0
+					p.each(t, netdev, raw, each, func(j int) {
+						binary.BigEndian.PutUint16(raw[l4+2:], pod.ports[j])
+						binary.BigEndian.PutUint32(raw[l4+8:], uint32(j))
+					}, func(j int, verdict uint32, ctx skbuff, left []byte) {
+						h := read(left)
+						if int32(verdict) == verdictRedirect && ctx.CB[0] == pod.ifindex && h.dst == pod.src && h.dport == 1000+uint16(j) && binary.BigEndian.Uint32(left[l4+8:]) == uint32(j) {
+							return
+						}
+						if wrong++; wrong < 5 {
+							t.Errorf("answer to port %d: verdict %d, device %d, to %s port %d; want device %d, %s port %d", pod.ports[j], verdict, ctx.CB[0], h.dst, h.dport, pod.ifindex, pod.src, 1000+j)
+						}
+					})
+					if wrong > 0 {
+						t.Fatalf("%d of %d answers went wrong", wrong, each)
+					}
+				}
+			}
+			// A flood of another pod takes what is left, and nothing else.
+			start = time.Now()
+			rest := p.flows(t, fromB, packet{src: f.b, dst: f.outside, l4: "udp", sport: 40000, dport: 53}, more)
+			flooded := time.Since(start)
+			got := 0
+			for _, port := range rest {
+				if port != 0 {
+					got++
+					if taken[port] {
+						t.Fatalf("port %d was taken from a connection that lives", port)
+					}
+					taken[port] = true
+				}
+			}
+			t.Logf("%d connections opened in %v (%v each), %d of %d ports used in the end; of %d more %d found one, %v each", 2*each, opened.Round(time.Millisecond),
+				(opened / (2 * each)).Round(10*time.Nanosecond), len(taken), p.dp.SNATPorts(), more, got, (flooded / more).Round(10*time.Nanosecond))
+			if got == more {
+				t.Errorf("%d more connections than ports", got)
+			}
+			checkAll()
+
+			full, err := p.dp.ExhaustedPorts(60)
+			if err != nil {
+				t.Fatal(err)
+			}
+			uses, err := p.dp.PortUses(full)
+			if err != nil || len(uses) != 1 {
+				t.Fatalf("destinations without ports: %v, %v", uses, err)
+			}
+			u := uses[0]
+			if u.To != netip.AddrPortFrom(f.outside, 53) || u.Node != f.node || u.Proto != protoUDP || u.Dropped != uint64(more-got) || u.Ports != len(taken) {
+				t.Errorf("told of %+v, want %d dropped and %d ports", u, more-got, len(taken))
+			}
+			if len(u.Users) != 2 || u.Users[0].Addr != f.b || u.Users[0].Ports != each+got || u.Users[1].Addr != f.a || u.Users[1].Ports != each {
+				t.Errorf("users %+v, want %s with %d and %s with %d", u.Users, f.b, each+got, f.a, each)
+			}
+		})
+	}
+}
+
+// A pod that opens connections until there is no room for their records takes none from another.
+func TestAFloodEvictsNoLiveConnection(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "few connections") // 4096 connections, 2048 translations
+			p.forget(t)
+			defer p.forget(t)
+			live := p.flows(t, fromA, packet{src: f.a, dst: f.outside, l4: "udp", sport: 1000, dport: 53}, 200)
+			flood := p.flows(t, fromB, packet{src: f.b, dst: f.peer, l4: "udp", sport: 1, dport: 54}, 6000)
+			for l4, to := range map[string]netip.Addr{"tcp": f.outside, "udp": f.outside} {
+				p.flows(t, fromB, packet{src: f.b, dst: to, l4: l4, sport: 1, dport: 55, flags: "S"}, 6000)
+			}
+			if flood[0] == 0 || flood[5999] != 0 {
+				t.Fatalf("the flood's first packet left by port %d, its last by %d: it was to fill the maps", flood[0], flood[5999])
+			}
+			p.count(t, &outcome{})
+			for i, port := range live {
+				q := packet{src: f.outside, dst: f.node, l4: "udp", sport: 53, dport: port}
+				p.must(t, netdev(frame(q)), peer(ifA, bpf.SlowNot))
+				if i == 0 {
+					p.must(t, fromA(frame(packet{src: f.a, dst: f.outside, l4: "udp", sport: 1000, dport: 53})), egress(bpf.SlowNot))
+				}
+			}
+		})
+	}
+}
