@@ -24,6 +24,7 @@ enum port_use *port_use;
 enum event_switches *event_switches;
 enum aggregation *aggregation;
 enum report *report;
+enum xdp_way *xdp_way;
 enum event_type *event_type;
 enum trace_point *trace_point;
 enum trace_reason *trace_reason;
