@@ -54,12 +54,12 @@ unit: bpf
 check: lint unit ## the quick layer
 
 packet: bpf
-	$(SAY) 'packet: every tc program on single packets (BPF_PROG_TEST_RUN), and the fuzzers on their seeds'
+	$(SAY) 'packet: every tc program and XDP's on single packets (BPF_PROG_TEST_RUN), and the fuzzers on their seeds'
 	go test -count=1 ./test/packet
 
 FUZZTIME ?= 1m
 fuzz: bpf ## the fuzzers of the C packet parsers, each for FUZZTIME (1m), as root
-	@for f in FuzzFromContainer FuzzFromNetdev FuzzFromHost FuzzToNetdev FuzzFromOverlay; do \
+	@for f in FuzzFromContainer FuzzFromNetdev FuzzFromHost FuzzToNetdev FuzzFromOverlay FuzzXDPEntry; do \
 		printf '\n==> fuzz: %s, %s\n' $$f $(FUZZTIME); \
 		go test ./test/packet -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) || exit 1; \
 	done

@@ -44,6 +44,7 @@ CONFIG(bool, services, "true: packets that ask for services are served; false: k
 CONFIG(bool, lb_outside_cluster_ip, "true: packets from outside reach ClusterIPs too");
 CONFIG(bool, lb_refuse, "true: connections to services without backends are refused; false: dropped");
 CONFIG(bool, dsr, "true: nodes tell each other the frontend of a connection in an IP option, and it is believed");
+CONFIG(__u32, xdp_cpus, "XDP spreads what it passes to the kernel over CPUs below this number; 0: it does not");
 CONFIG(__u32, maglev_size, "entries of a table of lash_maglev");
 CONFIG(__u64, host_netns, "cookie of the node's network namespace");
 CONFIG(__u32, events_wake, "unread bytes of lash_events after which its reader is woken, a power of two");

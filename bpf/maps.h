@@ -597,6 +597,39 @@ struct {
 	__type(value, __u64);
 } lash_local_socks SEC(".maps");
 
+/* --- lash_prefilter: sources whose packets devices drop before the kernel sees them
+ * (xdp.c), by longest prefix. It is its own record: written for a person, read by
+ * xdp_entry, there until it is taken away. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct ipcache_key);
+	__type(value, __u32);
+} lash_prefilter SEC(".maps");
+
+/* --- lash_xdp_devices: devices that take frames from xdp_entry of another device, by
+ * ifindex; with XDP_BACK, those that take back their own this way and not by XDP_TX.
+ * lash_xdp_cpus: CPUs over which it spreads what it passes to the kernel, with the length of
+ * their queues. Agent writes. */
+enum xdp_way {
+	XDP_BACK = 0x40000000,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_DEVMAP_HASH);
+	__uint(max_entries, 256);
+	__type(key, __u32);
+	__type(value, __u32);
+} lash_xdp_devices SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_CPUMAP);
+	__uint(max_entries, 1);  /* of possible CPUs */
+	__type(key, __u32);
+	__type(value, __u32);
+} lash_xdp_cpus SEC(".maps");
+
 /* --- lash_drops: every drop, by reason, direction, line and file. */
 struct drop_key {
 	__u8 reason;             /* enum drop_reason */
@@ -628,6 +661,7 @@ enum hook {
 	HOOK_SOCK,
 	HOOK_OVERLAY,            /* from_overlay */
 	HOOK_LOCAL,              /* messages between sockets of a pod */
+	HOOK_XDP,                /* xdp_entry: only what it sends on or drops */
 	HOOKS,
 };
 

@@ -12,7 +12,7 @@ var dropNames = map[uint8]string{
 	DropNoFragment: "First logical datagram fragment not found", DropICMPv6: "Forbidden ICMPv6 message", DropUnsupportedL2: "Unsupported L2 protocol",
 	DropTunnelKey: "Tunnel key error", DropInvalidIdentity: "Invalid identity", DropUnknownSender: "Unknown sender",
 	DropNoService: "Service backend not found", DropClusterIP: "Is a ClusterIP", DropSourceRange: "Denied by LB src range check",
-	DropTTL:  "TTL exceeded",
+	DropTTL: "TTL exceeded", DropDenylist: "Policy denied by denylist",
 	DropVLAN: "VLAN traffic disallowed by VLAN filter", DropNoEndpoint: "Endpoint program not available",
 }
 
@@ -27,7 +27,7 @@ func DropName(reason uint8) string {
 var fileNames = map[uint8]string{
 	FilePod: "pod.c", FileNetdev: "netdev.c", FileHost: "host.c", FileSock: "sock.c", FileOverlay: "overlay.c", FileParse: "parse.h",
 	FileConn: "conn.h", FileNAT: "nat.h", FileFIB: "fib.h", FileNeigh: "neigh.h", FileRoute: "route.h",
-	FileLB: "lb.h", FileDSR: "dsr.h", FileSNAT: "snat.h",
+	FileLB: "lb.h", FileDSR: "dsr.h", FileSNAT: "snat.h", FileXDP: "xdp.c",
 }
 
 // FileName is the source file that DROP() noted.

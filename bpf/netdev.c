@@ -224,26 +224,6 @@ static __noinline int from_netdev_error(struct __sk_buff *skb, struct pkt *p)
 	return err == -1 ? DROP(p, DROP_WRITE) : err;
 }
 
-/* concerns tells most of the node's own traffic apart, without a search of a map. */
-static __always_inline bool concerns(const struct __sk_buff *skb, const struct pkt *p)
-{
-	__u16 port = bpf_ntohs(p->dport);
-
-	if (p->v6 && p->proto == IPPROTO_ICMPV6 && p->icmp_type >= ICMP6_RS && p->icmp_type <= ICMP6_REDIRECT)
-		return false; /* neighbour discovery */
-	if (cfg_services && !(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
-		return skb->pkt_type == PACKET_HOST; /* another address of the node, a service's, or somebody else's */
-	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
-		return true;
-	if (p->flags & PKT_ECHO)
-		return p->dport != 0;
-	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
-		return false; /* other nodes' encapsulated packets */
-	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
-		return snat_claimed(port) || (cfg_services && port_used(port, PORT_FRONTEND));
-	return p->proto != IPPROTO_ICMPV6;
-}
-
 /* masqueraded undoes the masquerading of a packet to the node that answers a pod's. */
 static __noinline int masqueraded(struct __sk_buff *skb, struct pkt *p, struct conn *c)
 {
@@ -342,7 +322,7 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 		return VERDICT_OK;
 	if (verdict)
 		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
-	if (!for_pods(&p, &p.dst) && !concerns(skb, &p))
+	if (!for_pods(&p, &p.dst) && !concerns(&p, skb->pkt_type == PACKET_HOST))
 		return VERDICT_OK;
 	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why);
 	if (verdict == NOT_FAST)

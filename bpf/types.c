@@ -25,6 +25,7 @@ enum key_kind *key_kind;
 enum event_switches *event_switches;
 enum aggregation *aggregation;
 enum report *report;
+enum xdp_way *xdp_way;
 enum event_type *event_type;
 enum trace_point *trace_point;
 enum trace_reason *trace_reason;

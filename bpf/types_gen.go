@@ -489,6 +489,7 @@ const (
 	DropICMPv6          = 176
 	DropUnsupportedL2   = 166
 	DropSourceRange     = 177
+	DropDenylist        = 181
 	DropVLAN            = 182
 	DropTTL             = 196
 	DropNoEndpoint      = 203
@@ -534,6 +535,7 @@ const (
 	FileLB      = 12
 	FileDSR     = 13
 	FileSNAT    = 14
+	FileXDP     = 15
 )
 
 // enum frontend_flags.
@@ -557,7 +559,8 @@ const (
 	HookSock      = 4
 	HookOverlay   = 5
 	HookLocal     = 6
-	Hooks         = 7
+	HookXDP       = 7
+	Hooks         = 8
 )
 
 // enum identity.
@@ -672,6 +675,11 @@ const (
 	VerdictL3Device = 128
 )
 
+// enum xdp_way.
+const (
+	XDPBack = 1073741824
+)
+
 // Constants are what the agent decides before the kernel sees a program (CONFIG in config.h).
 type Constants struct {
 	// lifetime of every other connection without packets, ticks.
@@ -750,6 +758,8 @@ type Constants struct {
 	TunnelMTU uint32 `cfg:"cfg_tunnel_mtu"`
 	// UDP port of the tunnel.
 	TunnelPort uint32 `cfg:"cfg_tunnel_port"`
+	// XDP spreads what it passes to the kernel over CPUs below this number; 0: it does not.
+	XDPCPUs uint32 `cfg:"cfg_xdp_cpus"`
 }
 
 // Maps are the names of all maps, as pinned.
@@ -774,6 +784,7 @@ var Maps = []string{
 	"lash_members",
 	"lash_nat",
 	"lash_ports",
+	"lash_prefilter",
 	"lash_runtime",
 	"lash_scratch",
 	"lash_services",
@@ -782,6 +793,8 @@ var Maps = []string{
 	"lash_sock_pin",
 	"lash_sock_rev",
 	"lash_source_ranges",
+	"lash_xdp_cpus",
+	"lash_xdp_devices",
 }
 
 // Programs are all programs, by the object that has them.
@@ -792,4 +805,5 @@ var Programs = map[string][]string{
 	"pod":     {"clock", "from_container"},
 	"sock":    {"bind4", "bind6", "connect4", "connect6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6", "sock_release"},
 	"sockmap": {"local_established", "local_message"},
+	"xdp":     {"xdp_entry"},
 }

@@ -114,7 +114,7 @@ func (g *generator) read(path string) error {
 var ours = map[string]bool{
 	"endpoint_flags": true, "ipcache_flags": true, "frontend_flags": true, "backend_flags": true, "member_state": true, "port_use": true, "conn_action": true, "dir_flags": true, "conn_in": true, "conn_flags": true, "key_kind": true,
 	"conn_state": true, "identity": true, "hook": true, "slow_reason": true, "drop_reason": true, "file_id": true,
-	"event_switches": true, "aggregation": true, "report": true, "event_type": true, "trace_point": true, "trace_reason": true,
+	"xdp_way": true, "event_switches": true, "aggregation": true, "report": true, "event_type": true, "trace_point": true, "trace_reason": true,
 	"trace_flags": true, "capture_point": true, "verdict_flags": true, "debug_type": true,
 }
 
@@ -277,7 +277,7 @@ func goType(t btf.Type) string {
 	}
 }
 
-var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip": "IP", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN", "lb": "LB", "apiserver": "APIServer", "dnat": "DNAT", "dsr": "DSR", "nodeport": "NodePort"}
+var initialisms = map[string]string{"id": "ID", "mac": "MAC", "mtu": "MTU", "nat": "NAT", "ip": "IP", "ip4": "IP4", "ip6": "IP6", "hz": "HZ", "ct": "CT", "tcp": "TCP", "syn": "SYN", "ttl": "TTL", "smac": "SMAC", "dmac": "DMAC", "ipcache": "IPCache", "snat": "SNAT", "fib": "FIB", "icmp": "ICMP", "icmpv6": "ICMPv6", "ipv6": "IPv6", "l2": "L2", "l3": "L3", "fin": "FIN", "vlan": "VLAN", "lb": "LB", "apiserver": "APIServer", "dnat": "DNAT", "dsr": "DSR", "nodeport": "NodePort", "xdp": "XDP", "cpus": "CPUs"}
 
 func camel(name string) string {
 	var b strings.Builder

@@ -30,6 +30,7 @@ enum drop_reason {
 	DROP_ICMPV6          = 176, /* Forbidden ICMPv6 message */
 	DROP_UNSUPPORTED_L2  = 166, /* Unsupported L2 protocol */
 	DROP_SOURCE_RANGE    = 177, /* Denied by LB src range check */
+	DROP_DENYLIST        = 181, /* Policy denied by denylist */
 	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
 	DROP_TTL             = 196, /* TTL exceeded */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
@@ -38,7 +39,7 @@ enum drop_reason {
 enum file_id {
 	FILE_POD = 1, FILE_NETDEV, FILE_HOST, FILE_SOCK,
 	FILE_PARSE, FILE_CONN, FILE_NAT, FILE_FIB, FILE_NEIGH, FILE_ROUTE, FILE_OVERLAY,
-	FILE_LB, FILE_DSR, FILE_SNAT,
+	FILE_LB, FILE_DSR, FILE_SNAT, FILE_XDP,
 };
 
 #define DROP(p, reason) ({ (p)->line = __LINE__; (p)->file = FILE_ID; -(int)(reason); })

@@ -88,26 +88,31 @@ static __always_inline void event_send(struct event_head *head, const __u64 size
 			   BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
-static __always_inline void message_fill(struct __sk_buff *skb, struct message *m, __u8 type, __u8 subtype, __u16 source)
+static __always_inline void message_fill(struct message *m, __u8 type, __u8 subtype, __u16 source, __u32 hash)
 {
 	m->type = type;
 	m->subtype = subtype;
 	m->source = source;
-	m->hash = skb->hash;
+	m->hash = hash;
 }
 
-/* capture copies the packet's first bytes. How many. */
-static __always_inline __u16 capture(struct __sk_buff *skb, struct captured *cap, __u8 *data, __u16 version)
+/* capture_size says how much to copy of a packet. */
+static __always_inline __u64 capture_size(struct captured *cap, __u64 len, __u16 version)
 {
-	__u64 len = skb->len;
-
 	cap->len_orig = len;
 	cap->version = version;
 	if (len > CAPTURE_MAX)
 		len = CAPTURE_MAX;
 	barrier_var(len);
 	/* The same length, from 1 to CAPTURE_MAX in terms that a verifier of 6.1 follows. */
-	len = ((len - 1) & (CAPTURE_MAX - 1)) + 1;
+	return ((len - 1) & (CAPTURE_MAX - 1)) + 1;
+}
+
+/* capture copies the packet's first bytes. How many. */
+static __always_inline __u16 capture(struct __sk_buff *skb, struct captured *cap, __u8 *data, __u16 version)
+{
+	__u64 len = capture_size(cap, skb->len, version);
+
 	if (bpf_skb_load_bytes(skb, 0, data, len))
 		len = 0;
 	cap->len_cap = len;
@@ -161,7 +166,7 @@ __noinline int debug(struct __sk_buff *skb, __u32 type_source, __u32 arg1, __u32
 
 	if (!e)
 		return 0;
-	message_fill(skb, &e->msg.head, EVENT_DEBUG, type_source >> 16, type_source);
+	message_fill(&e->msg.head, EVENT_DEBUG, type_source >> 16, type_source, skb->hash);
 	e->msg.arg1 = arg1;
 	e->msg.arg2 = arg2;
 	e->msg.arg3 = arg3;
@@ -251,7 +256,7 @@ __noinline int observe(struct __sk_buff *skb, __u32 point, __u32 ifindex, __u32 
 	e = event_open(sizeof(*e));
 	if (!e)
 		return 0;
-	message_fill(skb, &e->msg.head, EVENT_TRACE, point, delivered ? scratch->dst_id : scratch->src_id);
+	message_fill(&e->msg.head, EVENT_TRACE, point, delivered ? scratch->dst_id : scratch->src_id, skb->hash);
 	e->msg.src_identity = scratch->src_identity;
 	e->msg.dst_identity = scratch->dst_identity;
 	e->msg.dst_id = delivered ? scratch->dst_id : 0;
@@ -306,7 +311,7 @@ __noinline int observe_snat(struct __sk_buff *skb, __u32 point, __u32 ifindex)
 	e = event_open(sizeof(*e));
 	if (!e)
 		return 0;
-	message_fill(skb, &e->msg.head, EVENT_CAPTURE, point, 0);
+	message_fill(&e->msg.head, EVENT_CAPTURE, point, 0, skb->hash);
 	e->msg.arg1 = ifindex;
 	e->msg.arg2 = 0;
 	len = capture(skb, &e->msg.cap, e->data, 1);
@@ -314,45 +319,63 @@ __noinline int observe_snat(struct __sk_buff *skb, __u32 point, __u32 ifindex)
 	return 0;
 }
 
-/* count_drop counts the drop of the packet in lash_scratch and tells about it. where:
- * hook, file and line. */
-__noinline int count_drop(struct __sk_buff *skb, int reason, __u32 where)
+/* drop_count counts a drop. where: hook, file and line. */
+static __always_inline void drop_count(int reason, __u32 where, __u32 bytes)
 {
 	struct drop_key key = {
 		.reason = -reason, .dir = where >> 24, .file = where >> 16, .line = where,
 	};
 	struct count *c = bpf_map_lookup_elem(&lash_drops, &key);
+
+	if (c) {
+		c->packets++;
+		c->bytes += bytes;
+	} else {
+		struct count first = { 1, bytes };
+
+		bpf_map_update_elem(&lash_drops, &key, &first, BPF_ANY);
+	}
+}
+
+/* drop_event is the event of the drop of the packet in lash_scratch, without the packet's bytes; NULL: nobody listens. */
+static __always_inline struct drop_event *drop_event(int reason, __u32 where, __u32 ifindex, __u32 hash)
+{
 	__u32 zero = 0;
 	struct runtime *rt = bpf_map_lookup_elem(&lash_runtime, &zero);
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	struct drop_event *e;
-	__u16 src_id, dst_id, len;
+	__u16 src_id, dst_id;
 	struct pkt *p;
 
-	if (c) {
-		c->packets++;
-		c->bytes += skb->len;
-	} else {
-		struct count first = { 1, skb->len };
-
-		bpf_map_update_elem(&lash_drops, &key, &first, BPF_ANY);
-	}
 	if (!rt || !scratch || !(rt->events & EVENTS_DROP))
-		return VERDICT_DROP;
+		return NULL;
 	e = event_open(sizeof(*e));
 	if (!e)
-		return VERDICT_DROP;
+		return NULL;
 	p = (struct pkt *)scratch->pkt;
 	e->msg.src_identity = who(scratch, &p->src, &src_id);
 	e->msg.dst_identity = who(scratch, &p->dst, &dst_id);
 	e->msg.dst_id = dst_id;
-	message_fill(skb, &e->msg.head, EVENT_DROP, -reason, src_id);
+	message_fill(&e->msg.head, EVENT_DROP, -reason, src_id, hash);
 	e->msg.line = where;
 	e->msg.file = where >> 16;
 	e->msg.ext_error = 0;
-	e->msg.ifindex = skb->ifindex;
-	len = capture(skb, &e->msg.cap, e->data, 1);
-	event_send(&e->head, sizeof(*e), sizeof(e->msg) + len);
+	e->msg.ifindex = ifindex;
+	return e;
+}
+
+/* count_drop counts the drop of the packet in lash_scratch and tells about it. */
+__noinline int count_drop(struct __sk_buff *skb, int reason, __u32 where)
+{
+	struct drop_event *e;
+
+	drop_count(reason, where, skb->len);
+	e = drop_event(reason, where, skb->ifindex, skb->hash);
+	if (e) {
+		__u16 len = capture(skb, &e->msg.cap, e->data, 1);
+
+		event_send(&e->head, sizeof(*e), sizeof(e->msg) + len);
+	}
 	return VERDICT_DROP;
 }
 

@@ -20,22 +20,17 @@ static __always_inline void note(struct __sk_buff *skb, __u32 ifindex, __u32 act
 	skb->cb[1] = action;
 }
 
-static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
-				     const struct mac *dmac, const struct mac *smac, bool ttl)
+/* What a hop changes in the frame's first HEADERS4 bytes. */
+static __always_inline void hop_macs(struct ethhdr *eth, const struct mac *dmac, const struct mac *smac)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct ethhdr *eth = data;
-
-	if (data + HEADERS4 > end)
-		return -1;
 	__builtin_memcpy(eth->h_dest, dmac, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, smac, ETH_ALEN);
-	if (!ttl)
-		return 0;
-	if (p->v6) {
+}
+
+static __always_inline void hop_ttl(void *data, bool v6)
+{
+	if (v6) {
 		((struct ipv6hdr *)(data + ETH_HLEN))->hop_limit--;
-		/* No checksum of IPv6 makes up for it: where the device has summed the packet, its sum follows. */
-		bpf_csum_update(skb, ~(__u32)bpf_htons(1));
 	} else {
 		struct iphdr *ip = data + ETH_HLEN;
 		__u32 sum = (__u32)ip->check + bpf_htons(0x0100);
@@ -43,6 +38,22 @@ static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
 		ip->ttl--;
 		ip->check = (__u16)(sum + (sum >= 0xffff));
 	}
+}
+
+static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
+				     const struct mac *dmac, const struct mac *smac, bool ttl)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (data + HEADERS4 > end)
+		return -1;
+	hop_macs(data, dmac, smac);
+	if (!ttl)
+		return 0;
+	hop_ttl(data, p->v6);
+	/* No checksum of IPv6 makes up for it: where the device has summed the packet, its sum follows. */
+	if (p->v6)
+		bpf_csum_update(skb, ~(__u32)bpf_htons(1));
 	return 0;
 }
 
@@ -186,74 +197,77 @@ static __always_inline bool too_big(const struct __sk_buff *skb, const struct pk
  * returns NOT_FAST. Its stack is free again for the second, which decides. */
 #define NOT_FAST (-2)
 
+/* followed is the decision that holds for a packet. */
+struct followed {
+	struct conn *c;
+	struct conn_dir *d;
+	const struct runtime *rt;
+	__u32 now;
+	bool orig;
+};
+
+/* conn_follow finds the decision that the packet's connection has for it, under key k, and which holds for a packet
+ * that arrives at in. SLOW_NOT, or the reason why there is none. */
+static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct conn_key *k, __u32 in, struct followed *f)
+{
+	__u32 zero = 0;
+	bool from_hi;
+
+	if (unlikely(p->flags & (PKT_FRAGMENT | PKT_ICMP_ERROR | PKT_EXTENSION)))
+		return p->flags & PKT_FRAGMENT ? SLOW_FRAGMENT : p->flags & PKT_ICMP_ERROR ? SLOW_ICMP_ERROR : SLOW_EXTENSION;
+	from_hi = pkt_key(k, p);
+	f->c = bpf_map_lookup_elem(&lash_conn, k);
+	if (likely(f->c)) {
+		f->orig = conn_from_initiator(f->c, from_hi);
+	} else {
+		f->c = conn_answered(k, p);
+		if (!f->c)
+			return SLOW_NEW;
+		f->orig = false;
+	}
+	f->d = f->orig ? &f->c->orig : &f->c->reply;
+	f->rt = bpf_map_lookup_elem(&lash_runtime, &zero);
+	if (unlikely(!f->rt || f->d->epoch != f->rt->epoch))
+		return f->d->epoch ? SLOW_EPOCH : SLOW_UNDECIDED;
+	if (unlikely(f->d->in != in))
+		return SLOW_ELSEWHERE;
+	f->now = ticks();
+	if (unlikely(past(f->now, f->d->deadline) || past(f->now, f->c->expires)))
+		return SLOW_DEADLINE;
+	/* A SYN opens the connection anew, or takes along which frontend it is for. */
+	if (unlikely(tcp_opens(p) && (conn_closed(f->c) || (f->c->flags & CONN_DSR))))
+		return SLOW_REOPENED;
+	if (unlikely(p->ttl <= 1 && (f->d->flags & DIR_TTL)))
+		return SLOW_TTL;
+	return SLOW_NOT;
+}
+
 /* conn_fast follows the connection's decision for this packet, if one holds.
  * The verdict, or NOT_FAST with the reason in *why. */
 static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const enum hook hook,
 				     __u32 in, enum slow_reason *why)
 {
 	struct conn_key k;
-	struct conn_dir *d;
-	struct runtime *rt;
-	struct conn *c;
-	bool from_hi, orig;
-	__u32 now, zero = 0;
+	struct followed f;
 	int verdict;
 
-	if (unlikely(p->flags & (PKT_FRAGMENT | PKT_ICMP_ERROR | PKT_EXTENSION))) {
-		*why = p->flags & PKT_FRAGMENT ? SLOW_FRAGMENT :
-		       p->flags & PKT_ICMP_ERROR ? SLOW_ICMP_ERROR : SLOW_EXTENSION;
+	*why = conn_follow(p, &k, in, &f);
+	if (unlikely(*why != SLOW_NOT))
 		return NOT_FAST;
-	}
-	from_hi = pkt_key(&k, p);
-	c = bpf_map_lookup_elem(&lash_conn, &k);
-	if (likely(c)) {
-		orig = conn_from_initiator(c, from_hi);
-	} else {
-		c = conn_answered(&k, p);
-		if (!c) {
-			*why = SLOW_NEW;
-			return NOT_FAST;
-		}
-		orig = false;
-	}
-	d = orig ? &c->orig : &c->reply;
-	rt = bpf_map_lookup_elem(&lash_runtime, &zero);
-	if (unlikely(!rt || d->epoch != rt->epoch)) {
-		*why = d->epoch ? SLOW_EPOCH : SLOW_UNDECIDED;
-		return NOT_FAST;
-	}
-	if (unlikely(d->in != in)) {
+	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, f.c, f.orig))) {
 		*why = SLOW_ELSEWHERE;
 		return NOT_FAST;
 	}
-	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, c, orig))) {
-		*why = SLOW_ELSEWHERE;
-		return NOT_FAST;
-	}
-	now = ticks();
-	if (unlikely(past(now, d->deadline) || past(now, c->expires))) {
-		*why = SLOW_DEADLINE;
-		return NOT_FAST;
-	}
-	/* A SYN opens the connection anew, or takes along which frontend it is for. */
-	if (unlikely(tcp_opens(p) && (conn_closed(c) || (c->flags & CONN_DSR)))) {
-		*why = SLOW_REOPENED;
-		return NOT_FAST;
-	}
-	if (unlikely(p->ttl <= 1 && (d->flags & DIR_TTL))) {
-		*why = SLOW_TTL;
-		return NOT_FAST;
-	}
-	if (unlikely(d->mtu && too_big(skb, p, d->mtu))) {
+	if (unlikely(f.d->mtu && too_big(skb, p, f.d->mtu))) {
 		*why = SLOW_MTU;
 		return NOT_FAST;
 	}
-	if (unlikely(conn_due(rt, d, p, now))) {
+	if (unlikely(conn_due(f.rt, f.d, p, f.now))) {
 		*why = SLOW_REPORT;
 		return NOT_FAST;
 	}
-	conn_see(c, d, p, orig, skb->len, now);
-	verdict = carry_out(skb, p, hook, c, d, &k, TRACE_NOT);
+	conn_see(f.c, f.d, p, f.orig, skb->len, f.now);
+	verdict = carry_out(skb, p, hook, f.c, f.d, &k, TRACE_NOT);
 	if (unlikely(verdict == -1))
 		return DROP(p, DROP_WRITE);
 	count(hook, SLOW_NOT, skb->len);

@@ -42,6 +42,27 @@ static __always_inline struct service *frontend_row(struct service_key *key, con
 	return bpf_map_lookup_elem(&lash_services, key);
 }
 
+/* concerns tells most of the node's own traffic apart, without a search of a map. mine: the frame is
+ * addressed to the node's device. */
+static __always_inline bool concerns(const struct pkt *p, bool mine)
+{
+	__u16 port = bpf_ntohs(p->dport);
+
+	if (p->v6 && p->proto == IPPROTO_ICMPV6 && p->icmp_type >= ICMP6_RS && p->icmp_type <= ICMP6_REDIRECT)
+		return false; /* neighbour discovery */
+	if (cfg_services && !(p->v6 ? addr_is(&p->dst, cfg_node6) : addr_is(&p->dst, cfg_node4)))
+		return mine; /* another address of the node, a service's, or somebody else's */
+	if (p->flags & (PKT_ICMP_ERROR | PKT_FRAGMENT))
+		return true;
+	if (p->flags & PKT_ECHO)
+		return p->dport != 0;
+	if (p->proto == IPPROTO_UDP && port == cfg_tunnel_port)
+		return false; /* other nodes' encapsulated packets */
+	if (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP)
+		return snat_claimed(port) || (cfg_services && port_used(port, PORT_FRONTEND));
+	return p->proto != IPPROTO_ICMPV6;
+}
+
 /* lb_frontend is the service whose frontend the packet's destination is. NULL: none. */
 static __always_inline struct service *lb_frontend(struct scratch *scratch, const struct pkt *p)
 {

@@ -107,37 +107,44 @@ static __always_inline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, boo
 	return 0;
 }
 
+/* nat_side is what a side of a packet of connection k becomes, as its direction's flags say: the initiator's, or the
+ * responder's. False: it stays as it is. source: it is the packet's source. */
+static __always_inline bool nat_side(const struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags, bool responder,
+				     bool *source, const struct addr **to, __be16 *to_port)
+{
+	bool forth = flags & DIR_TO_NAT;
+
+	*source = responder != forth;
+	if (flags & DIR_DSR ? !responder : !(c->flags & (responder ? CONN_DNAT : CONN_NAT)))
+		return false;
+	if (forth) {
+		*to = responder ? &c->to_addr : &c->nat_addr;
+		*to_port = responder ? c->to_port : c->nat_port;
+	} else if (flags & DIR_DSR) {
+		*to = &c->to_addr;
+		*to_port = c->to_port;
+	} else if (responder) {
+		*to = conn_responder(c, k, to_port);
+	} else {
+		*to = conn_initiator(c, k, to_port);
+	}
+	return !addr_equal(*to, *source ? &p->src : &p->dst) || *to_port != (*source ? p->sport : p->dport);
+}
+
 /* nat_apply translates a packet of connection k as its direction's flags say, and p with it:
  * what has been translated already is left as it is. 0, or -1 when it cannot be written. */
 __noinline int nat_apply(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct conn_key *k, __u32 flags)
 {
-	bool forth = flags & DIR_TO_NAT;
-
 	if (!p || !c || !k || !(flags & (DIR_TO_NAT | DIR_NO_NAT | DIR_DSR)))
 		return 0;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < 2; i++) {
-		/* First the initiator's side, then the responder's. */
-		bool responder = i, source = responder != forth;
-		const struct addr *a;
+		const struct addr *to;
 		__be16 port;
+		bool source;
 
-		if (flags & DIR_DSR ? !responder : !(c->flags & (responder ? CONN_DNAT : CONN_NAT)))
-			continue;
-		if (forth) {
-			a = responder ? &c->to_addr : &c->nat_addr;
-			port = responder ? c->to_port : c->nat_port;
-		} else if (flags & DIR_DSR) {
-			a = &c->to_addr;
-			port = c->to_port;
-		} else if (responder) {
-			a = conn_responder(c, k, &port);
-		} else {
-			a = conn_initiator(c, k, &port);
-		}
-		if (addr_equal(a, source ? &p->src : &p->dst) && port == (source ? p->sport : p->dport))
-			continue;
-		if (nat_rewrite(skb, p, source, a, port))
+		/* First the initiator's side, then the responder's. */
+		if (nat_side(p, c, k, flags, i, &source, &to, &port) && nat_rewrite(skb, p, source, to, port))
 			return -1;
 	}
 	return 0;

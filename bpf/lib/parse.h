@@ -11,6 +11,10 @@
 #define IPV4_DF     0x4000
 #define IPV4_OFFSET 0x1fff
 
+/* As much as a frame without options or extension headers has before L4. */
+#define HEADERS4 (ETH_HLEN + sizeof(struct iphdr))
+#define HEADERS6 (ETH_HLEN + sizeof(struct ipv6hdr))
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
@@ -105,8 +109,56 @@ static __always_inline bool addr_zero(const struct addr *a)
 	((a)->d[0] == (constant).d[0] && (a)->d[1] == (constant).d[1])
 #define mask_set(mask) (((mask).d[0] | (mask).d[1]) != 0)
 
-/* ports: reads what lies at l4, in the linear part or not. */
-static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p, void *l4, void *end)
+/* parse_ip4 reads IPv4's fixed header. 0 or a drop reason. */
+static __always_inline int parse_ip4(struct pkt *p, const struct iphdr *ip)
+{
+	__u16 frag = ip->frag_off;
+
+	if (unlikely(ip->version != 4 || ip->ihl < 5))
+		return DROP(p, DROP_INVALID);
+	addr_from4(&p->src, ip->saddr);
+	addr_from4(&p->dst, ip->daddr);
+	p->proto = ip->protocol;
+	p->ttl = ip->ttl;
+	p->l3_len = bpf_ntohs(ip->tot_len);
+	p->l4 = ETH_HLEN + ip->ihl * 4;
+	if (unlikely(frag & bpf_htons(IPV4_MF | IPV4_OFFSET))) {
+		p->flags |= frag & bpf_htons(IPV4_OFFSET) ? PKT_FRAGMENT | PKT_LATER : PKT_FRAGMENT;
+		p->frag_id = ip->id;
+	}
+	return 0;
+}
+
+/* parse_ip6 reads IPv6's fixed header. 0 or a drop reason. */
+static __always_inline int parse_ip6(struct pkt *p, const struct ipv6hdr *ip)
+{
+	if (unlikely(ip->version != 6))
+		return DROP(p, DROP_INVALID);
+	__builtin_memcpy(&p->src, &ip->saddr, 16);
+	__builtin_memcpy(&p->dst, &ip->daddr, 16);
+	p->proto = ip->nexthdr;
+	p->ttl = ip->hop_limit;
+	p->l3_len = bpf_ntohs(ip->payload_len) + sizeof(*ip);
+	p->l4 = HEADERS6;
+	return 0;
+}
+
+/* extends: the IPv6 header that follows is not that of L4. */
+static __always_inline bool extends(__u8 next)
+{
+	switch (next) {
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_AH:
+		return true;
+	}
+	return false;
+}
+
+/* parse_l4 reads what lies at l4. 0 or a drop reason. */
+static __always_inline int parse_l4(struct pkt *p, void *l4, void *end)
 {
 	switch (p->proto) {
 	case IPPROTO_TCP: {
@@ -193,14 +245,7 @@ static __noinline int parse_extensions(struct __sk_buff *skb, struct pkt *p)
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		struct ext_head h;
 
-		switch (next) {
-		case IPPROTO_HOPOPTS:
-		case IPPROTO_ROUTING:
-		case IPPROTO_DSTOPTS:
-		case IPPROTO_FRAGMENT:
-		case IPPROTO_AH:
-			break;
-		default:
+		if (!extends(next)) {
 			p->proto = next;
 			p->l4 = off;
 			return 0;
@@ -227,9 +272,6 @@ static __noinline int parse_extensions(struct __sk_buff *skb, struct pkt *p)
 	return DROP(p, DROP_IPV6_EXTENSION);
 }
 
-#define HEADERS4 (ETH_HLEN + sizeof(struct iphdr))
-#define HEADERS6 (ETH_HLEN + sizeof(struct ipv6hdr))
-
 /* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6
  * bytes are in the linear part. 0 or a drop reason. */
 static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
@@ -250,57 +292,30 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 	if (data + want > end)
 		return DROP(p, DROP_INVALID);
 	if (!v6) {
-		struct iphdr *ip = data + ETH_HLEN;
-		__u16 frag = ip->frag_off;
+		int err = parse_ip4(p, data + ETH_HLEN);
 
-		if (unlikely(ip->version != 4 || ip->ihl < 5))
-			return DROP(p, DROP_INVALID);
-		addr_from4(&p->src, ip->saddr);
-		addr_from4(&p->dst, ip->daddr);
-		p->proto = ip->protocol;
-		p->ttl = ip->ttl;
-		p->l3_len = bpf_ntohs(ip->tot_len);
-		p->l4 = ETH_HLEN + ip->ihl * 4;
-		if (unlikely(frag & bpf_htons(IPV4_MF | IPV4_OFFSET))) {
-			p->flags |= PKT_FRAGMENT;
-			p->frag_id = ip->id;
+		if (err)
+			return err;
+		if (unlikely(p->flags & PKT_FRAGMENT)) {
 			if (p->l4 > skb->len)
 				return DROP(p, DROP_INVALID);
-			if (frag & bpf_htons(IPV4_OFFSET)) {
-				p->flags |= PKT_LATER;
-				return 0;
-			}
-		}
-		if (likely(ip->ihl == 5))
-			return parse_l4(skb, p, data + HEADERS4, end);
-	} else {
-		struct ipv6hdr *ip = data + ETH_HLEN;
-
-		if (unlikely(ip->version != 6))
-			return DROP(p, DROP_INVALID);
-		__builtin_memcpy(&p->src, &ip->saddr, 16);
-		__builtin_memcpy(&p->dst, &ip->daddr, 16);
-		p->proto = ip->nexthdr;
-		p->ttl = ip->hop_limit;
-		p->l3_len = bpf_ntohs(ip->payload_len) + sizeof(*ip);
-		p->l4 = HEADERS6;
-		switch (p->proto) {
-		case IPPROTO_HOPOPTS:
-		case IPPROTO_ROUTING:
-		case IPPROTO_DSTOPTS:
-		case IPPROTO_FRAGMENT:
-		case IPPROTO_AH: {
-			int err = parse_extensions(skb, p);
-
-			if (err)
-				return err;
 			if (p->flags & PKT_LATER)
 				return 0;
-			break;
 		}
-		default:
-			return parse_l4(skb, p, data + HEADERS6, end);
-		}
+		if (likely(p->l4 == HEADERS4))
+			return parse_l4(p, data + HEADERS4, end);
+	} else {
+		int err = parse_ip6(p, data + ETH_HLEN);
+
+		if (err)
+			return err;
+		if (likely(!extends(p->proto)))
+			return parse_l4(p, data + HEADERS6, end);
+		err = parse_extensions(skb, p);
+		if (err)
+			return err;
+		if (p->flags & PKT_LATER)
+			return 0;
 	}
 	/* Options or extension headers: L4 lies further back. */
 	p->flags |= PKT_EXTENSION;
@@ -310,10 +325,10 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 		__u8 head[sizeof(struct l4_head)] = {};
 
 		if (!bpf_skb_load_bytes(skb, p->l4, head, sizeof(head)))
-			return parse_l4(skb, p, head, head + sizeof(head));
+			return parse_l4(p, head, head + sizeof(head));
 		if (p->proto != IPPROTO_TCP && !bpf_skb_load_bytes(skb, p->l4, head, L4_SHORT))
-			return parse_l4(skb, p, head, head + L4_SHORT);
-		return parse_l4(skb, p, head, head);
+			return parse_l4(p, head, head + L4_SHORT);
+		return parse_l4(p, head, head);
 	}
 }
 

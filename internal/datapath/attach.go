@@ -33,6 +33,7 @@ var (
 	deviceHooks = []hook{{"from_netdev", ebpf.AttachTCXIngress}, {"to_netdev", ebpf.AttachTCXEgress}}
 	hostHooks   = []hook{{"from_host", ebpf.AttachTCXEgress}}
 	tunnelHooks = []hook{{"from_overlay", ebpf.AttachTCXIngress}}
+	xdpHooks    = []hook{{"xdp_entry", ebpf.AttachXDP}}
 )
 
 // AttachPod attaches the pods' programs to the host side of a veth pair, or replaces
@@ -46,14 +47,20 @@ func (d *Datapath) DetachPod(ifindex int, name string) error {
 	return d.detach(ifindex, name, podHooks)
 }
 
-// AttachDevice does the same for a device towards the network.
+// AttachDevice does the same for a device towards the network. Where XDP is not configured, what an earlier agent attached
+// of it goes.
 func (d *Datapath) AttachDevice(ifindex int, name string) error {
+	if !d.cfg.XDP {
+		if err := d.DetachXDP(ifindex, name); err != nil {
+			return err
+		}
+	}
 	return d.attach(ifindex, name, deviceHooks)
 }
 
-// DetachDevice removes what AttachDevice attached.
+// DetachDevice removes what AttachDevice and AttachXDP attached.
 func (d *Datapath) DetachDevice(ifindex int, name string) error {
-	return d.detach(ifindex, name, deviceHooks)
+	return errors.Join(d.DetachXDP(ifindex, name), d.detach(ifindex, name, deviceHooks))
 }
 
 // AttachHost does the same for lash_host.
@@ -95,6 +102,9 @@ func (d *Datapath) unpinOthers(name string, hooks []hook) error {
 	}
 	for _, pin := range pins {
 		program := strings.TrimPrefix(pin, prefix)
+		if program == xdpHooks[0].program {
+			continue // AttachXDP's
+		}
 		if strings.Contains(program, "-") || slices.ContainsFunc(hooks, func(h hook) bool { return h.program == program }) {
 			continue // with a dash: of a device whose name begins with this one's
 		}
@@ -277,6 +287,13 @@ func (d *Datapath) Attachments() ([]string, [][]string, error) {
 				continue
 			}
 			direction = directionOf(program)
+		}
+		if xdp := info.XDP(); xdp != nil {
+			kind, ifindex, direction = "xdp", fmt.Sprint(xdp.Ifindex), "ingress"
+			device = strings.TrimSuffix(e.Name(), "-"+program)
+			if _, err := net.InterfaceByIndex(int(xdp.Ifindex)); err != nil {
+				continue
+			}
 		}
 		id, tag, jited := programFacts(info.Program)
 		rows = append(rows, []string{device, ifindex, program, direction, kind, id, tag, jited})

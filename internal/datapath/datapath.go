@@ -57,6 +57,9 @@ type Config struct {
 	MaglevSeed       []byte       // the same on all nodes
 
 	NoTCX bool // attach by clsact even where tcx exists
+
+	XDP       bool // AttachXDP may be called; false: what it attached earlier is taken away
+	XDPSpread bool // what XDP passes to the kernel is spread over all CPUs
 }
 
 // Lifetimes of connections without packets.
@@ -76,6 +79,7 @@ type Datapath struct {
 	programs map[string]*ebpf.Program
 
 	local error // why sockets of a pod cannot do without packets; nil: they can
+	xdp   error // why there is no XDP; nil: there is
 
 	mu       sync.Mutex // serialises changes of lash_runtime and of what follows
 	ifaces   map[uint32]bpf.Iface
@@ -125,14 +129,17 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	}
 	for object := range bpf.Programs {
 		err := d.load(object, constants)
-		if object == localObject {
+		switch {
+		case object == localObject:
 			d.local = err // a kernel may lack what it needs; everything else works without
-		} else if err != nil {
+		case object == xdpObject:
+			d.xdp = err // the same
+		case err != nil:
 			d.Close()
 			return nil, err
 		}
 	}
-	if err := d.begin(); err != nil {
+	if err := errors.Join(d.begin(), d.spread()); err != nil {
 		d.Close()
 		return nil, err
 	}
@@ -206,6 +213,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		Services:           !d.cfg.NoServices,
 		LBOutsideClusterIP: d.cfg.OutsideClusterIP,
 		LBRefuse:           !d.cfg.DropNoBackend,
+		XDPCPUs:            d.spreadCPUs(),
 		MaglevSize:         d.cfg.maglevSize(),
 		HostNetns:          netns,
 	}
@@ -335,6 +343,8 @@ func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax*4, spec.MaxEntries)
 	case "lash_affinity", "lash_source_ranges", "lash_maglev":
 		spec.MaxEntries = orDefault(d.cfg.ServiceMax, spec.MaxEntries)
+	case "lash_xdp_cpus":
+		spec.MaxEntries = uint32(ebpf.MustPossibleCPU())
 	case "lash_events":
 		spec.MaxEntries = eventsSize(runtime.NumCPU())
 	}

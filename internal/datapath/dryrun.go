@@ -23,6 +23,7 @@ import (
 var programsWrite = map[string]bool{
 	"lash_backends": false, "lash_devices": false, "lash_endpoints": false, "lash_ifaces": false, "lash_ipcache": false, "lash_services": false,
 	"lash_maglev": false, "lash_members": false, "lash_ports": false, "lash_source_ranges": false, "lash_ipmasq": false,
+	"lash_prefilter": false, "lash_xdp_cpus": false, "lash_xdp_devices": false,
 
 	"lash_conn": true, "lash_counts": true, "lash_drops": true, "lash_events": true, "lash_events_lost": true, "lash_frags": true,
 	"lash_nat": true, "lash_snat_full": true, "lash_snat_ports": true, "lash_runtime": true, "lash_scratch": true, "lash_sock_rev": true,
@@ -31,7 +32,7 @@ var programsWrite = map[string]bool{
 
 // hookOf is by which rows of lash_counts a program counts.
 var hookOf = map[string]uint32{
-	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "to_netdev": bpf.HookNetdevOut, "from_host": bpf.HookHost, "from_overlay": bpf.HookOverlay,
+	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "to_netdev": bpf.HookNetdevOut, "from_host": bpf.HookHost, "from_overlay": bpf.HookOverlay, "xdp_entry": bpf.HookXDP,
 }
 
 // Rows of a dry run's own maps: one packet's, and what stands in the way of its source port when it is masqueraded.
@@ -40,7 +41,7 @@ const (
 	dryEvents = 1 << 16 // bytes
 )
 
-// dryPrograms are this node's tc programs once more. They are attached to nothing.
+// dryPrograms are this node's programs on devices once more. They are attached to nothing.
 type dryPrograms struct {
 	maps        map[string]*ebpf.Map // their own; the others are the live ones
 	collections []*ebpf.Collection
@@ -51,7 +52,7 @@ type dryPrograms struct {
 }
 
 // dryObjects are those whose programs the kernel can test-run; it cannot run the sockets'.
-var dryObjects = []string{"host", "netdev", "overlay", "pod"}
+var dryObjects = []string{"host", "netdev", "overlay", "pod", xdpObject}
 
 func (d *Datapath) openDryRun() (_ *dryPrograms, err error) {
 	constants, err := d.constants()
@@ -65,6 +66,9 @@ func (d *Datapath) openDryRun() (_ *dryPrograms, err error) {
 		}
 	}()
 	for _, object := range dryObjects {
+		if object == xdpObject && d.xdp != nil {
+			continue
+		}
 		coll, err := loadObject(object, constants, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 			written, known := programsWrite[name]
 			switch {

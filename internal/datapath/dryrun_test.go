@@ -60,7 +60,8 @@ func TestProgramsOnlyReadWhatADryRunShares(t *testing.T) {
 		c := &bpf.Constants{HZ: 250, SNATMin: 1024, SNATMax: 29999, HostIfindex: 3, HostRouting: true, Masquerade4: true, Masquerade6: true, OverlayIfindex: 5, TunnelPort: 8472}
 		coll, err := loadObject(object, c, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 			spec.MaxEntries = min(spec.MaxEntries, 4096)
-			if readOnly(name) {
+			redirects := spec.Type == ebpf.DevMapHash || spec.Type == ebpf.CPUMap // which programs can never write
+			if readOnly(name) && !redirects {
 				spec.Flags |= unix.BPF_F_RDONLY_PROG
 			}
 			m, err := newMap(name, spec)

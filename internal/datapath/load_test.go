@@ -33,6 +33,9 @@ var switches = map[string]func(*bpf.Constants){
 		c.Native4Net, c.Native4Mask = bpf.PrefixFrom(netip.MustParsePrefix("10.0.0.0/8"))
 		c.Native6Net, c.Native6Mask = bpf.PrefixFrom(netip.MustParsePrefix("fd00::/48"))
 	},
+	"services": func(c *bpf.Constants) {
+		c.Services, c.DSR, c.LBRefuse, c.MaglevSize, c.XDPCPUs = true, true, true, 16381, 2
+	},
 	"tunnel": func(c *bpf.Constants) { c.OverlayIfindex, c.TunnelPort = 5, 8472 },
 	"pod-cidrs": func(c *bpf.Constants) {
 		c.Pod4Net, c.Pod4Mask = bpf.PrefixFrom(netip.MustParsePrefix("10.0.1.0/24"))

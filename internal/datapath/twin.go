@@ -119,7 +119,7 @@ func (d *Datapath) attachedProgram(program string, ifindex int) (*ebpf.Program, 
 }
 
 func (d *Datapath) attachedIDs(program string, ifindex int) (ids []ebpf.ProgramID, err error) {
-	for _, h := range slices.Concat(podHooks, deviceHooks, hostHooks, tunnelHooks) {
+	for _, h := range slices.Concat(podHooks, deviceHooks, hostHooks, tunnelHooks, xdpHooks) {
 		if h.program != program {
 			continue
 		}

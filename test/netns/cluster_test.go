@@ -98,6 +98,7 @@ type options struct {
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
 	dsr           bool   // backends' nodes answer clients outside
+	xdp, spread   bool   // XDP on the nodes' devices; it spreads packets over the CPUs
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
 	connMax       uint32 // rows of lash_conn; 0: 65536
@@ -139,8 +140,18 @@ func newCluster(t *testing.T, o options) *cluster {
 		c.plug(t, nd.ns, fmt.Sprintf("n%d", n), nd.ip4.String(), nd.ip6.String())
 		c.nodes = append(c.nodes, nd)
 	}
+	if o.xdp {
+		c.forXDP(t)
+	}
 	for _, nd := range c.nodes {
 		nd.setUp(t, c, o)
+	}
+	if o.xdp {
+		for _, nd := range c.nodes {
+			for _, p := range nd.pods {
+				summed(t, p.ns)
+			}
+		}
 	}
 	return c
 }
@@ -230,7 +241,7 @@ func (nd *node) open(c *cluster, o options) error {
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX, DropNoBackend: o.dropNoBackend,
+		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
@@ -279,6 +290,11 @@ func (nd *node) open(c *cluster, o options) error {
 	}
 	if err := nd.dp.AttachDevice(eth0, "eth0"); err != nil {
 		return err
+	}
+	if o.xdp {
+		if err := nd.dp.AttachXDP(eth0, "eth0"); err != nil {
+			return err
+		}
 	}
 	return nd.dp.AttachHost(host, "lash_host")
 }

@@ -148,6 +148,9 @@ route add unreachable fd00:0:0:6::/64
 	if err := <-started; err != nil {
 		t.Fatalf("enter the node's namespace: %v", err)
 	}
+	if err := n.do(takeFrames); err != nil {
+		t.Fatalf("XDP on the node's devices: %v", err)
+	}
 	return n
 }
 
@@ -270,6 +273,7 @@ type outcome struct {
 	ifindex uint32 // where to
 	mark    uint32
 	frame   []byte
+	xdp     uint32                 // action of an XDP program
 	counts  map[uint32]uint64      // rows of lash_counts, by how much
 	drops   map[bpf.DropKey]uint64 // rows of lash_drops, by how much
 }
@@ -301,6 +305,9 @@ type input struct {
 }
 
 func (p *programs) run(in input) (out outcome, err error) {
+	if in.program == "xdp_entry" {
+		return p.runXDP(in)
+	}
 	ctx := skbuff{Ifindex: in.ifindex, Mark: in.mark, GSOSize: in.gso}
 	if in.gso > 0 {
 		ctx.GSOSegs = (uint32(len(in.frame)) + in.gso - 1) / in.gso

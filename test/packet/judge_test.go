@@ -11,7 +11,7 @@ import (
 )
 
 var hookOf = map[string]uint8{
-	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "from_host": bpf.HookHost, "to_netdev": bpf.HookNetdevOut, "from_overlay": bpf.HookOverlay,
+	"from_container": bpf.HookPod, "from_netdev": bpf.HookNetdev, "from_host": bpf.HookHost, "to_netdev": bpf.HookNetdevOut, "from_overlay": bpf.HookOverlay, "xdp_entry": bpf.HookXDP,
 }
 
 // verdicts are those a program may return.
@@ -21,6 +21,7 @@ var verdicts = map[string][]int32{
 	"from_host":      {verdictRedirect, verdictDrop},
 	"to_netdev":      {verdictDrop, verdictOK},
 	"from_overlay":   {verdictRedirect, verdictDrop},
+	"xdp_entry":      {verdictRedirect, verdictDrop, verdictOK},
 }
 
 // judge tells what is wrong with an outcome whatever the packet was. It needs no
@@ -36,6 +37,12 @@ func judge(in input, out outcome) error {
 		return err
 	}
 	if out.verdict == verdictDrop {
+		return nil
+	}
+	if in.program == "xdp_entry" && out.verdict == verdictOK {
+		if !same(in.frame, out.frame) {
+			return fmt.Errorf("passed on to from_netdev, but not as it was")
+		}
 		return nil
 	}
 	if out.verdict == verdictRedirect && isAnswer(in, out) {
@@ -194,7 +201,7 @@ func judgeRedirect(in input, out outcome, before, after *header) error {
 		return fmt.Errorf("TTL %d became %d, want %d", before.ttl, after.ttl, ttl)
 	}
 	mark, done := in.mark, in.mark&^0x0f00|0x0300
-	if marked {
+	if marked && in.program != "xdp_entry" { // a frame has no mark
 		mark = done
 	}
 	if out.mark != mark && !(either && out.mark == done) && !(either && out.mark == in.mark) {

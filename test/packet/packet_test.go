@@ -63,6 +63,9 @@ func fromB(f []byte) input { return input{program: "from_container", ifindex: if
 func netdev(f []byte) input {
 	return input{program: "from_netdev", ifindex: ifEth0, frame: addressed(f, mac(ifEth0))}
 }
+func wire(f []byte) input {
+	return input{program: "xdp_entry", ifindex: ifEth0, frame: addressed(f, mac(ifEth0))}
+}
 func leaving(f []byte) input { return input{program: "to_netdev", ifindex: ifEth0, frame: f} }
 func overlay(f []byte) input {
 	return input{program: "from_overlay", ifindex: ifOverlay, frame: f}
@@ -178,7 +181,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 		raw = frame(s.pkt)
 	}
 	in := s.at(raw)
-	in.gso, in.summed = s.gso, p.sums && read(raw) != nil
+	in.gso, in.summed = s.gso, p.sums && read(raw) != nil && in.program != "xdp_entry"
 	in.mark, in.serving = 0x80000001, p.serving
 	out, err := p.run(in)
 	if err != nil {

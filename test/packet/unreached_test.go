@@ -42,7 +42,7 @@ func TestEveryDropIsReached(t *testing.T) {
 		t.Skip("no test of the tables ran before this one")
 	}
 	// FILE_ID of each source, as enum file_id has it.
-	ids := map[string]uint8{"pod.c": bpf.FilePod, "netdev.c": bpf.FileNetdev, "host.c": bpf.FileHost, "overlay.c": bpf.FileOverlay, "parse.h": bpf.FileParse, "conn.h": bpf.FileConn, "nat.h": bpf.FileNAT, "route.h": bpf.FileRoute, "forward.h": bpf.FileRoute, "lb.h": bpf.FileLB, "dsr.h": bpf.FileDSR, "snat.h": bpf.FileSNAT}
+	ids := map[string]uint8{"pod.c": bpf.FilePod, "netdev.c": bpf.FileNetdev, "host.c": bpf.FileHost, "overlay.c": bpf.FileOverlay, "parse.h": bpf.FileParse, "conn.h": bpf.FileConn, "nat.h": bpf.FileNAT, "route.h": bpf.FileRoute, "forward.h": bpf.FileRoute, "lb.h": bpf.FileLB, "dsr.h": bpf.FileDSR, "snat.h": bpf.FileSNAT, "xdp.c": bpf.FileXDP}
 	drop := regexp.MustCompile(`DROP\(&?p, (DROP_\w+)\)`)
 	for _, path := range slices.Concat(glob(t, "../../bpf/*.c"), glob(t, "../../bpf/lib/*.h")) {
 		text, err := os.ReadFile(path)

@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"slices"
-	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -157,35 +155,15 @@ func tunnelPort(link netlink.Link) (port uint16, external bool) {
 // mergeOutside switches the tunnel device's own receive offload (GRO) off: packets have been merged with their outer
 // headers on, where they came in, and a second attempt only costs.
 func mergeOutside(name string, changed func(string, ...any)) error {
-	on, err := gro(name, unix.ETHTOOL_GGRO, 0)
+	on, err := Ethtool(name, unix.ETHTOOL_GGRO, 0)
 	if err == nil && on != 0 {
-		_, err = gro(name, unix.ETHTOOL_SGRO, 0)
+		_, err = Ethtool(name, unix.ETHTOOL_SGRO, 0)
 		changed("%s: GRO off", name)
 	}
 	if err != nil {
 		return fmt.Errorf("GRO of %s: %w", name, err)
 	}
 	return nil
-}
-
-// gro reads or sets the offload of a device in the thread's namespace.
-func gro(name string, command, value uint32) (uint32, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, os.NewSyscallError("socket", err)
-	}
-	defer unix.Close(fd)
-	arg := struct{ command, value uint32 }{command, value} // struct ethtool_value
-	request := struct {                                    // struct ifreq
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(&arg)}
-	copy(request.name[:unix.IFNAMSIZ-1], name)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
-		return 0, os.NewSyscallError("ioctl", errno)
-	}
-	return arg.value, nil
 }
 
 // portTaken explains the errors by which the kernel refuses a port.

@@ -36,7 +36,7 @@ func ensureTunnel(t *testing.T, h *Host, config TunnelConfig) Tunnel {
 		return tunnel
 	}
 	if err := h.do(func() error {
-		if on, err := gro(tunnel.Name, unix.ETHTOOL_GGRO, 0); err != nil || on != 0 {
+		if on, err := Ethtool(tunnel.Name, unix.ETHTOOL_GGRO, 0); err != nil || on != 0 {
 			return fmt.Errorf("GRO of %s is %d, %v", tunnel.Name, on, err)
 		}
 		return nil
