@@ -32,6 +32,8 @@ type mode struct {
 	tunnel bool // VXLAN between nodes
 	legacy bool // host routing by the stack
 	events bool // somebody listens, at the aggregation that is usual
+
+	services int // other services than the measured one; 0: a few
 }
 
 var native = mode{}
@@ -126,6 +128,7 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 		Root: root, HostIfindex: base.HostIfindex, HostMAC: base.HostMAC, DirectIfindex: index,
 		Routers: []netip.Addr{r4, r6}, PodCIDRs: []netip.Prefix{p4, p6}, NodeAddrs: []netip.Addr{node.Addr4, node.Addr6},
 		NativeCIDRs:    []netip.Prefix{netip.MustParsePrefix("10.76.0.0/16"), netip.MustParsePrefix("fd00:76::/32")},
+		ServiceMax:     uint32(max(65536, 4*m.services)),
 		OverlayIfindex: tunnel, TunnelPort: tunnelPort, HostRouting: !m.legacy, Masquerade4: true, Masquerade6: true,
 	}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	if err != nil {

@@ -20,6 +20,7 @@ const (
 	Events     = "events" // told to a listener; compared with Lash without one
 	WithinPod  = "within a pod"
 	Services   = "services" // translated at the socket; compared with Lash asked for the backend itself
+	Many       = "10k services"
 )
 
 // Path is one way for traffic to go, set up beside the others.
@@ -54,8 +55,9 @@ func Paths() []Path {
 		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
 		{Name: "loopback", Group: WithinPod, Setup: withinPod},
 		{Name: "lash-sockmap", Group: WithinPod, Against: "loopback", Gated: true, Setup: lashSockmap},
-		{Name: "lash-hooks", Group: Services, Against: "lash-same", Setup: lashHooks},
-		{Name: "lash-service", Group: Services, Against: "lash-same", Gated: true, Setup: lashService},
+		{Name: "lash-hooks", Group: Services, Against: "lash-same", Setup: lashHooks(native)},
+		{Name: "lash-service", Group: Services, Against: "lash-same", Gated: true, Setup: lashService(native)},
+		{Name: "lash-service-10k", Group: Many, Against: "lash-service", Gated: true, Setup: lashService(mode{services: manyServices})},
 		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},
 	}
 }

@@ -39,6 +39,7 @@ var gates = map[string]map[string]float64{
 	Events:     {CRR: .95},
 	WithinPod:  {RR: .85, Stream: .60},
 	Services:   {RR: 1.03, CRR: 1 / 1.05},
+	Many:       {RR: 1.03, CRR: 1 / 1.03},
 }
 
 const familyGate = .03

@@ -14,8 +14,12 @@ import (
 	"github.com/lash-net/lash/bpf"
 )
 
-// manyServices is how many others a service's rows stand among.
-const manyServices = 10000
+// How many other services a measured one stands among, and how many backends each of those has.
+const (
+	fewServices  = 10
+	manyServices = 10000
+	backendsEach = 10
+)
 
 // serviceVIPs are the frontends of the bench: one a family, its backend the server of the cell.
 var serviceVIPs = map[bool]netip.AddrPort{ // by Is6
@@ -48,7 +52,7 @@ func (t *Topology) group(name string) (*os.File, error) {
 // hooked makes a control group with the socket programs of the cluster's first node, once.
 func (t *Topology) hooked(c *lashCluster) (_ *os.File, err error) {
 	if c.group == nil {
-		if c.group, err = t.group("services"); err == nil {
+		if c.group, err = t.group(fmt.Sprintf("services-%d", c.n.mode.services)); err == nil {
 			t.Defer(func() { _ = c.n.datapath.DetachCgroup() })
 			err = c.n.datapath.AttachCgroup(c.group.Name())
 		}
@@ -57,50 +61,61 @@ func (t *Topology) hooked(c *lashCluster) (_ *os.File, err error) {
 }
 
 // lashHooks is lash-same with the socket programs attached, but no service asked for.
-func lashHooks(t *Topology) (Pair, error) {
-	c, err := t.lash(native)
-	if err != nil {
-		return Pair{}, err
-	}
-	pair, err := lashSame(t)
-	if err == nil {
+func lashHooks(m mode) func(*Topology) (Pair, error) {
+	return func(t *Topology) (Pair, error) {
+		c, err := t.lash(m)
+		if err != nil {
+			return Pair{}, err
+		}
+		a, b := c.pods[0], c.pods[1]
+		pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
 		pair.Group, err = t.hooked(c)
+		return pair, err
 	}
-	return pair, err
 }
 
 // lashService is lash-same by a ClusterIP.
-func lashService(t *Topology) (Pair, error) {
-	c, err := t.lash(native)
-	if err != nil {
-		return Pair{}, err
-	}
-	pair, err := lashHooks(t)
-	if err != nil {
-		return Pair{}, err
-	}
-	services, backends := c.n.datapath.Map("lash_services"), c.n.datapath.Map("lash_backends")
-	for i := range uint32(manyServices) {
-		other := netip.AddrFrom4([4]byte{10, 97, byte(i >> 8), byte(i)})
-		if err := addService(services, backends, netip.AddrPortFrom(other, 80), i+100, netip.AddrPortFrom(pair.Server4, 1)); err != nil {
+func lashService(m mode) func(*Topology) (Pair, error) {
+	return func(t *Topology) (Pair, error) {
+		pair, err := lashHooks(m)(t)
+		if err != nil {
 			return Pair{}, err
+		}
+		return pair, t.clusters[m].serve(&pair)
+	}
+}
+
+// serve makes the pair's server the backend of a service among the mode's others.
+func (c *lashCluster) serve(pair *Pair) error {
+	services, backends := c.n.datapath.Map("lash_services"), c.n.datapath.Map("lash_backends")
+	var elsewhere []netip.AddrPort
+	for i := range byte(backendsEach) {
+		elsewhere = append(elsewhere, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 77, 1, i}), 80))
+	}
+	for i := range uint32(max(c.n.mode.services, fewServices)) {
+		other := netip.AddrFrom4([4]byte{10, 97, byte(i >> 8), byte(i)})
+		if err := addService(services, backends, netip.AddrPortFrom(other, 80), i+1000, elsewhere...); err != nil {
+			return err
 		}
 	}
 	pair.Frontend = func(server netip.AddrPort) (netip.AddrPort, error) {
 		vip := serviceVIPs[server.Addr().Is6()]
 		return vip, addService(services, backends, vip, uint32(server.Addr().BitLen()), server)
 	}
-	return pair, nil
+	return nil
 }
 
-// addService writes a service port with one backend.
-func addService(services, backends *ebpf.Map, frontend netip.AddrPort, id uint32, backend netip.AddrPort) error {
-	slot := bpf.Backend{Addr: bpf.AddrFrom(backend.Addr()), Port: bpf.ToBE16(backend.Port()), Proto: unix.IPPROTO_TCP}
-	if err := backends.Put(&bpf.BackendKey{Service: id, Slot: 1}, &slot); err != nil {
-		return fmt.Errorf("backend of %s: %w", frontend, err)
+// addService writes a service port.
+func addService(services, backends *ebpf.Map, frontend netip.AddrPort, id uint32, to ...netip.AddrPort) error {
+	for i, b := range to {
+		slot := bpf.Backend{Addr: bpf.AddrFrom(b.Addr()), Port: bpf.ToBE16(b.Port()), Proto: unix.IPPROTO_TCP}
+		if err := backends.Put(&bpf.BackendKey{Service: id, Slot: uint32(i + 1)}, &slot); err != nil {
+			return fmt.Errorf("backend of %s: %w", frontend, err)
+		}
 	}
+	n := uint32(len(to))
 	key := bpf.ServiceKey{Addr: bpf.AddrFrom(frontend.Addr()), Port: bpf.ToBE16(frontend.Port()), Proto: unix.IPPROTO_TCP}
-	if err := services.Put(&key, &bpf.Service{ID: id, First: 1, Count: 1, Local: 1}); err != nil {
+	if err := services.Put(&key, &bpf.Service{ID: id, First: 1, Count: n, Local: n}); err != nil {
 		return fmt.Errorf("service %s: %w", frontend, err)
 	}
 	return nil
