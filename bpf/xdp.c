@@ -77,7 +77,11 @@ static __always_inline int nat_xdp(struct xdp_md *ctx, const struct pkt *p, cons
 			*words = to->w[w];
 		}
 		if (check) {
-			at = l4 + (source ? 0 : 2);
+			at = l4;
+			if (!source) {
+				at++;
+				barrier_var(at); /* or it becomes arithmetic, which the verifier of 6.12 cannot follow */
+			}
 			csum_follow(&ports, *at, port);
 			*at = port;
 		}
