@@ -86,10 +86,29 @@ func lashService(t *Topology) (Pair, error) {
 			return Pair{}, err
 		}
 	}
-	pair.Frontend = func(server netip.AddrPort) (netip.AddrPort, error) {
+	pair.Frontend = clusterIP(services, backends)
+	return pair, nil
+}
+
+// clusterIP leads a client to the server by a ClusterIP.
+func clusterIP(services, backends *ebpf.Map) func(netip.AddrPort) (netip.AddrPort, error) {
+	return func(server netip.AddrPort) (netip.AddrPort, error) {
 		vip := serviceVIPs[server.Addr().Is6()]
 		return vip, addService(services, backends, vip, uint32(server.Addr().BitLen()), server)
 	}
+}
+
+// lashPackets is lash-service without the socket programs: each packet is translated, and each answer back.
+func lashPackets(t *Topology) (Pair, error) {
+	c, err := t.lash(native)
+	if err != nil {
+		return Pair{}, err
+	}
+	pair, err := lashSame(t)
+	if err != nil {
+		return Pair{}, err
+	}
+	pair.Frontend = clusterIP(c.n.datapath.Map("lash_services"), c.n.datapath.Map("lash_backends"))
 	return pair, nil
 }
 
