@@ -85,6 +85,19 @@ func lashService(m mode) func(*Topology) (Pair, error) {
 	}
 }
 
+// lashPackets is lash-service without the socket programs: each packet is translated, and each answer back.
+func lashPackets(m mode) func(*Topology) (Pair, error) {
+	return func(t *Topology) (Pair, error) {
+		c, err := t.lash(m)
+		if err != nil {
+			return Pair{}, err
+		}
+		a, b := c.pods[0], c.pods[1]
+		pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
+		return pair, c.serve(&pair)
+	}
+}
+
 // serve makes the pair's server the backend of a service among the mode's others.
 func (c *lashCluster) serve(pair *Pair) error {
 	services, backends := c.n.datapath.Map("lash_services"), c.n.datapath.Map("lash_backends")
