@@ -335,6 +335,7 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"ipcache", "Identities and nodes of addresses"},
 		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
 		{"nat", "Translated connections"},
+		{"ipmasq", "Destinations outside of the cluster that are not masqueraded to either"},
 		{"socket", "Sockets that asked for a service, and the backend they got"},
 		{"metrics", "Packets forwarded and dropped, by reason"},
 	} {
