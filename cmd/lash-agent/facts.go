@@ -145,5 +145,8 @@ func (d dumper) Dump(name string) ([]string, [][]string, error) {
 	if dp == nil {
 		return nil, nil, errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)
 	}
+	if name == "nat-top" {
+		return d.a.dumpSourcePorts(dp)
+	}
 	return dp.Dump(name)
 }

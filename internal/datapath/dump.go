@@ -101,6 +101,9 @@ func text(a bpf.Addr) string {
 	return a.Addr().String()
 }
 
+// ProtoName names a protocol as the tables do.
+func ProtoName(p uint8) string { return protoName(p) }
+
 func protoName(p uint8) string {
 	switch p {
 	case 1:
