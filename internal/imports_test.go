@@ -49,7 +49,7 @@ var rules = []rule{
 	{"internal/policy", stage, []string{statedb}},
 	{"internal/service", stage, []string{statedb}},
 	{"internal/k8s", []string{"api", "internal/model", "internal/state", "internal/reconcile"}, []string{statedb, k8sio}},
-	{"internal/datapath", []string{"bpf", "internal/datapath", "internal/model", "internal/state", "internal/reconcile"}, []string{ebpf, netlink, xsys, statedb}},
+	{"internal/datapath", []string{"bpf", "internal/datapath", "internal/model", "internal/state", "internal/reconcile"}, []string{ebpf, netlink, xsys, statedb, "github.com/google/nftables"}},
 	{"internal/monitor", []string{"bpf", "internal/model"}, []string{"github.com/gopacket/"}},
 	{"internal/events", []string{"internal/monitor"}, []string{xsys}},
 	// It reads everything that forwarding depends on, and writes nothing.

@@ -137,7 +137,7 @@ type Routing struct {
 
 // Masquerading is "BPF   [eth0]   10.244.0.0/16  [IPv4: Enabled, IPv6: Disabled]".
 type Masquerading struct {
-	Mode     string   `json:"mode"` // BPF or Disabled
+	Mode     string   `json:"mode"` // BPF, BPF (ip-masq-agent), IPTables or Disabled
 	Devices  []string `json:"devices,omitempty"`
 	Excluded []string `json:"excluded,omitempty"` // destinations that keep the pod's address, IPv4 first
 	IPv4     bool     `json:"ipv4"`

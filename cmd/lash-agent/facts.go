@@ -39,9 +39,6 @@ func (a *agent) chooseHostRouting() {
 	for _, line := range a.routing.Log {
 		a.log.Info(line, "subsys", "daemon")
 	}
-	if (in.IPv4Masquerade || in.IPv6Masquerade) && !in.BPFMasquerade {
-		a.log.Warn("masquerading is off: this version masquerades in BPF only; set enable-bpf-masquerade=true")
-	}
 }
 
 // facts is what status needs besides tables.
@@ -58,7 +55,7 @@ func (a *agent) facts() server.Facts {
 		IPAM:           a.ipamFact(),
 		Routing:        api.Routing{Network: a.networkRouting(), Host: "Legacy", Reason: a.routing.Reason},
 		IPv4Masquerade: a.cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, IPv6Masquerade: a.cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
-		ClockSource: "jiffies", HealthDaemon: a.healthFact(), ProbeInterval: a.prober.Interval(),
+		MasqueradeMode: a.masqueradeMode(), ClockSource: "jiffies", HealthDaemon: a.healthFact(), ProbeInterval: a.prober.Interval(),
 	}
 	if a.routing.BPF {
 		f.Routing = api.Routing{Network: a.networkRouting(), Host: "BPF"}
@@ -148,6 +145,9 @@ func (d dumper) Dump(name string) ([]string, [][]string, error) {
 	dp := d.a.phase.Load().dp
 	if dp == nil {
 		return nil, nil, errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)
+	}
+	if name == "nat-top" {
+		return d.a.dumpSourcePorts(dp)
 	}
 	return dp.Dump(name)
 }

@@ -276,7 +276,7 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		Root:        filepath.Join(cfg.BPFRoot, "lash"),
 		HostIfindex: base.HostIfindex, HostMAC: base.HostMAC, Routers: n.Routers, PodCIDRs: n.PodCIDRs,
 		HostRouting: a.routing.BPF,
-		Masquerade4: cfg.EnableIPv4 && a.nodeCfg.MasqueradeIP4, Masquerade6: cfg.EnableIPv6 && a.nodeCfg.MasqueradeIP6,
+		Masquerade4: cfg.EnableIPv4 && cfg.EnableIPv4Masquerade && cfg.EnableBPFMasquerade, Masquerade6: cfg.EnableIPv6 && cfg.EnableIPv6Masquerade && cfg.EnableBPFMasquerade,
 		ConnMax: uint32(cfg.BPFCTMax), ServiceMax: uint32(cfg.BPFLBMapMax), NoTCX: !cfg.EnableTCX,
 		OutsideClusterIP: cfg.LBExternalClusterIP, DropNoBackend: cfg.ServiceNoBackend == "drop", NoBindProtection: !cfg.NodePortBindProtection,
 		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
@@ -299,19 +299,13 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 			c.NativeCIDRs = append(c.NativeCIDRs, p)
 		}
 	}
-	// Translated connections keep out of the ports that NodePort services may have. Those below, which the node's sockets
-	// seldom choose by themselves, are used first.
-	below, above := cfg.NodePortRange.First > 1024, cfg.NodePortRange.Last < 65535
-	switch {
-	case below:
-		c.SNATMin, c.SNATMax = 1024, cfg.NodePortRange.First-1
-		if above {
-			c.SNATFarMin, c.SNATFarMax = cfg.NodePortRange.Last+1, 65535
-		}
-	case above:
-		c.SNATMin, c.SNATMax = max(cfg.NodePortRange.Last+1, 1024), 65535
-	default:
-		return c, fmt.Errorf("node-port-range %d-%d leaves no ports for masquerading: make it smaller", cfg.NodePortRange.First, cfg.NodePortRange.Last)
+	near, far, err := sourcePorts(cfg.NodePortRange)
+	if err != nil {
+		return c, err
+	}
+	c.SNATMin, c.SNATMax = near.First, near.Last
+	if cfg.EnableBPFMasquerade { // otherwise those are netfilter's
+		c.SNATFarMin, c.SNATFarMax = far.First, far.Last
 	}
 	return c, nil
 }

@@ -209,6 +209,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	g.start("datapath-ipcache", ipcache.Run)
 	g.start("datapath-devices", devices.Run)
 	g.start("node-routes", routes.Run)
+	a.startMasquerading(g)
 	g.start("node-stage", func(ctx context.Context) error { return stages.Nodes.Run(ctx, a.tables.DB) })
 	g.start("ipcache-stage", func(ctx context.Context) error { return stages.IPCache.Run(ctx, a.tables.DB) })
 	g.start("routes-stage", func(ctx context.Context) error { return stages.Routes.Run(ctx, a.tables.DB) })
@@ -225,6 +226,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	}
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
+	a.task(g, a.exhaustedPorts())
 	a.task(g, a.sockmap())
 	a.task(g, a.keepAccelerated())
 	a.task(g, a.keepTunnel(g.cancel))
@@ -259,7 +261,7 @@ func nodeConfig(cfg *config.Config, name string) node.Config {
 		AutoDirectRoutes: cfg.AutoDirectNodeRoutes, SkipUnreachable: cfg.DirectRoutingSkipUnreach,
 		NativeCIDR4: cfg.IPv4NativeRoutingCIDR, NativeCIDR6: cfg.IPv6NativeRoutingCIDR, HostDevice: netdev.HostDevice,
 		NodePorts: cfg.KubeProxyReplacement, NodePortCIDRs: cfg.NodePortAddresses,
-		MasqueradeIP4: cfg.EnableIPv4Masquerade && cfg.EnableBPFMasquerade, MasqueradeIP6: cfg.EnableIPv6Masquerade && cfg.EnableBPFMasquerade,
+		MasqueradeIP4: cfg.EnableIPv4Masquerade, MasqueradeIP6: cfg.EnableIPv6Masquerade,
 	}
 }
 

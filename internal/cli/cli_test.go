@@ -56,6 +56,27 @@ func testStatus() agent.Status {
 	}
 }
 
+// The line as the field's users know it.
+func TestMasqueradingLine(t *testing.T) {
+	for _, tt := range []struct {
+		m    agent.Masquerading
+		want string
+	}{
+		{agent.Masquerading{Mode: "Disabled"}, "Masquerading Disabled"},
+		{agent.Masquerading{Mode: "IPTables", Devices: []string{"eth0"}, Excluded: []string{"10.0.0.0/8"}, IPv4: true, IPv6: true}, "Masquerading IPTables [IPv4: Enabled, IPv6: Enabled]"},
+		{agent.Masquerading{Mode: "IPTables", IPv4: true}, "Masquerading IPTables [IPv4: Enabled, IPv6: Disabled]"},
+		{agent.Masquerading{Mode: "BPF", Devices: []string{"ens33"}, Excluded: []string{"10.0.0.0/16"}, IPv4: true}, "Masquerading BPF [ens33] 10.0.0.0/16  [IPv4: Enabled, IPv6: Disabled]"},
+		{agent.Masquerading{Mode: "BPF (ip-masq-agent)", Devices: []string{"eth0", "eth1"}, Excluded: []string{"10.0.0.0/8", "fd00::/104"}, IPv4: true, IPv6: true},
+			"Masquerading BPF (ip-masq-agent) [eth0, eth1] 10.0.0.0/8 fd00::/104 [IPv4: Enabled, IPv6: Enabled]"},
+	} {
+		got := ""
+		masquerading(func(label string, cells ...string) { got = strings.Join(append([]string{label}, cells...), " ") }, tt.m)
+		if got != tt.want {
+			t.Errorf("got  %s\nwant %s", got, tt.want)
+		}
+	}
+}
+
 func TestPrintedForms(t *testing.T) {
 	s, legacy := testStatus(), testStatus()
 	legacy.Routing = agent.Routing{Network: "Native", Host: "Legacy", Reason: "BPF host routing requires enable-bpf-masquerade"}

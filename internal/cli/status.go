@@ -267,8 +267,12 @@ func ipam(i agent.IPAM) string {
 
 func masquerading(line func(string, ...string), m agent.Masquerading) {
 	families := fmt.Sprintf("[IPv4: %s, IPv6: %s]", enabled(m.IPv4), enabled(m.IPv6))
-	if m.Mode == agent.StateDisabled {
+	switch m.Mode {
+	case agent.StateDisabled:
 		line("Masquerading", m.Mode)
+		return
+	case "IPTables": // by the routing table, whatever the device
+		line("Masquerading", m.Mode+" "+families)
 		return
 	}
 	var v4, v6 []string

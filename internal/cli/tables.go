@@ -273,20 +273,24 @@ func (a *app) serviceCommand() *cobra.Command {
 
 // lbCommand lists the maps of services.
 func (a *app) lbCommand() *cobra.Command {
-	const short = "Services and their backends"
+	return a.mapCommand("lb", "Services and their backends", map[string]string{
+		"backends": "backends by slot, and those that keep their connections only", "maglev": "how Maglev tables are shared out",
+		"affinity": "which backend clients have",
+	})
+}
+
+// mapCommand lists a map, or what a flag says of it.
+func (a *app) mapCommand(name, short string, flags map[string]string) *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: short, Args: cobra.NoArgs}
 	a.outputFlag(list)
-	kinds := []string{"backends", "maglev", "affinity"}
+	kinds := slices.Sorted(maps.Keys(flags))
 	chosen := map[string]*bool{}
 	for _, k := range kinds {
-		chosen[k] = list.Flags().Bool(k, false, map[string]string{
-			"backends": "backends by slot, and those that keep their connections only", "maglev": "how Maglev tables are shared out",
-			"affinity": "which backend clients have",
-		}[k])
+		chosen[k] = list.Flags().Bool(k, false, flags[k])
 	}
 	list.MarkFlagsMutuallyExclusive(kinds...)
 	list.RunE = func(cmd *cobra.Command, args []string) error {
-		path := "/v1/bpf/lb"
+		path := "/v1/bpf/" + name
 		for _, k := range kinds {
 			if *chosen[k] {
 				path += "-" + k
@@ -304,7 +308,7 @@ func (a *app) lbCommand() *cobra.Command {
 			return nil
 		})
 	}
-	return group("lb", short, nil, list)
+	return group(name, short, nil, list)
 }
 
 func printServices(out io.Writer, services []agent.Service) {
@@ -334,13 +338,15 @@ func (a *app) bpfCommand() *cobra.Command {
 		{"ct", "Connections"},
 		{"ipcache", "Identities and nodes of addresses"},
 		{"tunnel", "Pod CIDRs that packets are encapsulated to, and the nodes that have them"},
-		{"nat", "Translated connections"},
+		{"ipmasq", "Destinations outside of the cluster that are not masqueraded to either"},
 		{"socket", "Sockets that asked for a service, and the backend they got"},
 		{"metrics", "Packets forwarded and dropped, by reason"},
 	} {
 		subs = append(subs, group(m.name, m.short, nil, listing(a, "list", m.short, "/v1/bpf/"+m.name, printTable)))
 	}
-	subs = append(subs, a.lbCommand())
+	subs = append(subs, a.lbCommand(), a.mapCommand("nat", "Translated connections", map[string]string{
+		"top": "how many source ports each destination takes, of whom, and where there was none left",
+	}))
 	for _, s := range subs {
 		s.GroupID = ""
 	}

@@ -21,7 +21,7 @@ var absentValues = map[string]string{
 	"hubble": "enabled=false", "envoy": "enabled=false", "l7Proxy": "false", "hostFirewall": "enabled=false", "encryption": "enabled=false",
 	"egressGateway": "enabled=false", "bandwidthManager": "enabled=false", "l2announcements": "enabled=false", "bgpControlPlane": "enabled=false",
 	"gatewayAPI": "enabled=false", "ingressController": "enabled=false", "clustermesh": "", "dnsProxy": "", "prometheus": "enabled=false",
-	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false", "ipMasqAgent": "enabled=false",
+	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false",
 	"endpointRoutes": "enabled=false", "enableIPv4BIGTCP": "false",
 	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
 	"loadBalancer.l7": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",

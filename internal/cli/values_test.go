@@ -10,6 +10,8 @@ import (
 	"helm.sh/helm/v3/pkg/chart"
 	"helm.sh/helm/v3/pkg/strvals"
 	"sigs.k8s.io/yaml"
+
+	"github.com/lash-net/lash/internal/config"
 )
 
 func testChart(t *testing.T) (*chart.Chart, valuePaths) {
@@ -264,5 +266,29 @@ func TestAgentNeedsNoNetworkToStart(t *testing.T) {
 		if env["KUBERNETES_SERVICE_HOST"] != "192.0.2.7" || env["KUBERNETES_SERVICE_PORT"] != "6443" {
 			t.Errorf("%s: environment %v", file, env)
 		}
+	}
+}
+
+// The file of ip-masq-agent is in a ConfigMap of its own, of which a change does not roll the agents. Without values for
+// it, one that the user made is followed.
+func TestIPMasqAgentHasAConfigMapOfItsOwn(t *testing.T) {
+	off, on := renderAll(t), renderAll(t, "ipMasqAgent.enabled=true")
+	if strings.Contains(off["agent.yaml"], "ip-masq-agent") || strings.TrimSpace(off["ip-masq-agent.yaml"]) != "" || strings.TrimSpace(on["ip-masq-agent.yaml"]) != "" {
+		t.Errorf("switched off:\n%s\nwithout values:\n%s", off["ip-masq-agent.yaml"], on["ip-masq-agent.yaml"])
+	}
+	if !strings.Contains(on["agent.yaml"], "name: ip-masq-agent, optional: true") || !strings.Contains(on["configmap.yaml"], `enable-ip-masq-agent: "true"`) {
+		t.Errorf("not mounted, or not switched on")
+	}
+	full := renderAll(t, "ipMasqAgent.enabled=true", "ipMasqAgent.config.nonMasqueradeCIDRs={10.0.0.0/8,fd00::/8}", "ipMasqAgent.config.masqLinkLocal=true")
+	var cm struct{ Data map[string]string }
+	if err := yaml.Unmarshal([]byte(full["ip-masq-agent.yaml"]), &cm); err != nil {
+		t.Fatal(err)
+	}
+	got, err := config.ParseIPMasq("ip-masq-agent", []byte(cm.Data["config"]))
+	if err != nil || sprint(got.NonMasquerade) != sprint([]string{"10.0.0.0/8", "fd00::/8", "fe80::/10"}) {
+		t.Errorf("%v, %v of\n%s", got, err, full["ip-masq-agent.yaml"])
+	}
+	if full["agent.yaml"] != on["agent.yaml"] {
+		t.Errorf("the list rolls the agents")
 	}
 }

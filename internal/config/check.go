@@ -43,6 +43,9 @@ func (c *Config) check() []error {
 	c.checkFamily("ipv4-native-routing-cidr", c.IPv4NativeRoutingCIDR, false, c.EnableIPv4, bad)
 	c.checkFamily("ipv6-native-routing-cidr", c.IPv6NativeRoutingCIDR, true, c.EnableIPv6, bad)
 
+	if c.EnableIPMasqAgent && !c.EnableBPFMasquerade {
+		bad("enable-ip-masq-agent", "needs masquerading in BPF: set enable-bpf-masquerade to true, or this to false")
+	}
 	c.checkTunnel(bad)
 	if c.MTU != 0 {
 		low := 576
@@ -97,7 +100,7 @@ func (c *Config) check() []error {
 	}
 	for key, path := range map[string]string{
 		"cni-conf-dir": c.CNIConfDir, "cni-bin-dir": c.CNIBinDir, "state-dir": c.StateDir,
-		"socket-path": c.SocketPath, "cni-socket-path": c.CNISocketPath, "bpf-root": c.BPFRoot,
+		"ip-masq-agent-config-path": c.IPMasqAgentConfigPath, "socket-path": c.SocketPath, "cni-socket-path": c.CNISocketPath, "bpf-root": c.BPFRoot,
 	} {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			bad(key, "must be an absolute path without . or .. parts")

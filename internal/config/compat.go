@@ -45,7 +45,6 @@ var emptyIsDefault = []string{"bpf-lb-mode", "bpf-lb-algorithm", "bpf-lb-acceler
 // accepted then, so that an existing ConfigMap can be used; any other value is refused.
 var absent = map[string][]string{
 	"enable-endpoint-routes":         {"false"},
-	"enable-ip-masq-agent":           {"false"},
 	"egress-masquerade-interfaces":   {""},
 	"enable-wireguard":               {"false"},
 	"enable-ipsec":                   {"false"},

@@ -29,7 +29,9 @@ type Config struct {
 	DirectRoutingDevice       string         `key:"direct-routing-device" default:"" section:"Routing" doc:"The device on which nodes reach each other. Empty: the one that has the node's InternalIP."`
 	EnableIPv4Masquerade      bool           `key:"enable-ipv4-masquerade" default:"true" section:"Masquerading" doc:"Give IPv4 packets that leave the cluster the address of the node."`
 	EnableIPv6Masquerade      bool           `key:"enable-ipv6-masquerade" default:"true" section:"Masquerading" doc:"Give IPv6 packets that leave the cluster the address of the node."`
-	EnableBPFMasquerade       bool           `key:"enable-bpf-masquerade" default:"true" section:"Masquerading" doc:"Masquerade in BPF. BPF host routing requires it."`
+	EnableBPFMasquerade       bool           `key:"enable-bpf-masquerade" default:"true" section:"Masquerading" doc:"Masquerade in BPF; BPF host routing requires it. false: by the kernel's netfilter (IPTables in the status)."`
+	EnableIPMasqAgent         bool           `key:"enable-ip-masq-agent" default:"false" section:"Masquerading" doc:"Do not masquerade to the destinations that the file of ip-masq-agent lists either. It is read again while the agent runs."`
+	IPMasqAgentConfigPath     string         `key:"ip-masq-agent-config-path" default:"/etc/config/ip-masq-agent" section:"Masquerading" doc:"That file, YAML or JSON: nonMasqueradeCIDRs, masqLinkLocal, masqLinkLocalIPv6, cidrLimit, resyncInterval. If it is not there or empty: private and reserved IPv4 ranges, and link-local ones."`
 	KubeProxyReplacement      bool           `key:"kube-proxy-replacement" default:"true" section:"Services" doc:"Implement Kubernetes services instead of kube-proxy. BPF host routing requires it."`
 	NodePortRange             PortRange      `key:"node-port-range" default:"30000-32767" section:"Services" doc:"Ports the API server hands out to NodePort services; masquerading keeps out of them."`
 	BPFLBMapMax               int            `key:"bpf-lb-map-max" default:"65536" section:"Services" doc:"Rows of the map of frontends, from 256 to 16777216; four times as many backends."`

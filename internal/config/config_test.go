@@ -214,6 +214,8 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"underlay-protocol": "ipv4", "enable-ipv4": "false", "enable-ipv6": "true"}, []string{"IPv4 is off: set enable-ipv4 to true"}},
 		{kv{"routing-mode": "hybrid", "auto-direct-node-routes": "false"}, []string{`routing-mode="hybrid"`, "auto-direct-node-routes is false: set it to true, or routing-mode to tunnel"}},
 		{kv{"tunnel": "geneve", "tunnel-protocol": "vxlan"}, []string{"tunnel", "old spelling of tunnel-protocol", "remove one"}},
+		{kv{"enable-ip-masq-agent": "true", "enable-bpf-masquerade": "false"}, []string{"enable-ip-masq-agent", "set enable-bpf-masquerade to true"}},
+		{kv{"ip-masq-agent-config-path": "x"}, []string{"ip-masq-agent-config-path", "absolute path"}},
 		{kv{"enable-wireguard": "true"}, []string{"enable-wireguard", "not supported by this version", `"false"`}},
 		{kv{"enable-hubble": "true"}, []string{"enable-hubble", "not supported"}},
 		{kv{"bpf-lb-mode": "hybrid", "bpf-lb-dsr-dispatch": "geneve"}, []string{"bpf-lb-dsr-dispatch", "geneve needs routing-mode tunnel and tunnel-protocol geneve", "set opt"}},

@@ -14,7 +14,7 @@ import (
 	"github.com/lash-net/lash/internal/model"
 )
 
-// Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache",
+// Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache", "ipmasq",
 // "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "nat", "socket", "metrics" or
 // "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
@@ -70,6 +70,9 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 				add(netip.AddrPortFrom(p.Addr(), 0), netip.AddrPortFrom(v.Node.Addr(), 0))
 			}
 		})
+	case "ipmasq":
+		columns = []string{"IP PREFIX/ADDRESS"}
+		err = list(d.maps["lash_ipmasq"], "lash_ipmasq", func(k bpf.IPCacheKey, _ uint32) { add(k.Prefix()) })
 	case "lb", "lb-backends", "lb-maglev", "lb-affinity":
 		return d.dumpServices(kind)
 	case "ct":
@@ -84,7 +87,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, lb, lb-backends, lb-maglev, lb-affinity, metrics, nat, net, socket, tunnel", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, ipmasq, lb, lb-backends, lb-maglev, lb-affinity, metrics, nat, net, socket, tunnel", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err
@@ -97,6 +100,9 @@ func text(a bpf.Addr) string {
 	}
 	return a.Addr().String()
 }
+
+// ProtoName names a protocol as the tables do.
+func ProtoName(p uint8) string { return protoName(p) }
 
 func protoName(p uint8) string {
 	switch p {

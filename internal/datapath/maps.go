@@ -24,6 +24,9 @@ func (d *Datapath) IPCache() reconcile.Target[netip.Prefix, model.IPCacheEntry] 
 // Devices is lash_devices. Compare with SameDevice.
 func (d *Datapath) Devices() reconcile.Target[int, model.Device] { return devices{d} }
 
+// NonMasquerade is lash_ipmasq. Connections that are there keep what was decided.
+func (d *Datapath) NonMasquerade() reconcile.Target[netip.Prefix, struct{}] { return ipmasq{d} }
+
 // SameIPCache compares what the datapath has of two rows.
 func SameIPCache(a, b model.IPCacheEntry) bool {
 	a.Source, b.Source = "", ""
@@ -226,6 +229,28 @@ func (t devices) Put(_ context.Context, ifindex int, v model.Device) error {
 func (t devices) Delete(_ context.Context, ifindex int) error {
 	if err := remove(t.d.maps["lash_devices"], uint32(ifindex)); err != nil {
 		return fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+type ipmasq struct{ d *Datapath }
+
+func (t ipmasq) List(context.Context) (map[netip.Prefix]struct{}, error) {
+	rows := map[netip.Prefix]struct{}{}
+	err := list(t.d.maps["lash_ipmasq"], "lash_ipmasq", func(k bpf.IPCacheKey, _ uint32) { rows[k.Prefix()] = struct{}{} })
+	return rows, err
+}
+
+func (t ipmasq) Put(_ context.Context, p netip.Prefix, _ struct{}) error {
+	if err := t.d.maps["lash_ipmasq"].Put(bpf.IPCacheKeyFrom(p), uint32(1)); err != nil {
+		return fmt.Errorf("not to be masqueraded to %s: %w", p, err)
+	}
+	return nil
+}
+
+func (t ipmasq) Delete(_ context.Context, p netip.Prefix) error {
+	if err := remove(t.d.maps["lash_ipmasq"], bpf.IPCacheKeyFrom(p)); err != nil {
+		return fmt.Errorf("not to be masqueraded to %s: %w", p, err)
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unique"
 
 	corev1 "k8s.io/api/core/v1"
@@ -46,6 +47,9 @@ func (p *problems) cidr(field, s string) (netip.Prefix, bool) {
 	return c.Masked(), true
 }
 
+// nonMasqueradeAnnotation lists destinations to which the pods of a node keep their addresses, separated by commas.
+const nonMasqueradeAnnotation = "lash.io/non-masquerade-cidrs"
+
 func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 	var p problems
 	row := state.NodeObject{Source: model.SourceKubernetes, Name: n.Name, UID: string(n.UID)}
@@ -68,6 +72,12 @@ func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 		}
 		if c, ok := p.cidr(f, s); ok {
 			row.PodCIDRs = append(row.PodCIDRs, c)
+		}
+	}
+	field = "metadata.annotations[" + nonMasqueradeAnnotation + "]"
+	for _, s := range strings.FieldsFunc(n.Annotations[nonMasqueradeAnnotation], func(r rune) bool { return r == ',' || unicode.IsSpace(r) }) {
+		if c, ok := p.cidr(field, s); ok {
+			row.NonMasquerade = append(row.NonMasquerade, c)
 		}
 	}
 	row.Zone = n.Labels[corev1.LabelTopologyZone]

@@ -3,6 +3,7 @@
 package k8s
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 // Problem is what is wrong with an object, as its Event says.
 type Problem struct {
 	Kind, Namespace, Name, UID string
+	Reason                     string // empty: NotServed
 	Text                       string
 }
 
@@ -42,7 +44,7 @@ func (events) List(context.Context) (map[Problem]struct{}, error) { return nil, 
 // Delete implements reconcile.Target.
 func (events) Delete(context.Context, Problem) error { return nil }
 
-var apiVersions = map[string]string{"Service": "v1", "EndpointSlice": discoveryv1.SchemeGroupVersion.String()}
+var apiVersions = map[string]string{"Node": "v1", "Service": "v1", "EndpointSlice": discoveryv1.SchemeGroupVersion.String()}
 
 const maxEventText = 1024 // the API server's bound
 
@@ -55,10 +57,14 @@ func (e events) Put(ctx context.Context, p Problem, _ struct{}) error {
 		text = text[:maxEventText-3] + "..."
 	}
 	name := fmt.Sprintf("%.200s.%x", p.Name, sum[:8])
+	namespace := p.Namespace
+	if p.Kind == "Node" {
+		namespace = "" // it has none; its Events do
+	}
 	want := &corev1.Event{
 		ObjectMeta:     metav1.ObjectMeta{Namespace: p.Namespace, Name: name},
-		InvolvedObject: corev1.ObjectReference{APIVersion: apiVersions[p.Kind], Kind: p.Kind, Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)},
-		Type:           corev1.EventTypeWarning, Reason: "NotServed", Message: text,
+		InvolvedObject: corev1.ObjectReference{APIVersion: apiVersions[p.Kind], Kind: p.Kind, Namespace: namespace, Name: p.Name, UID: types.UID(p.UID)},
+		Type:           corev1.EventTypeWarning, Reason: cmp.Or(p.Reason, "NotServed"), Message: text,
 		Source: corev1.EventSource{Component: e.component}, ReportingController: "lash.io/" + e.component,
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}

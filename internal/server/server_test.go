@@ -60,7 +60,7 @@ func get[T any](t *testing.T, h http.Handler, path string, code int) T {
 }
 
 func TestAnswers(t *testing.T) {
-	f := &Facts{Node: "n1", Ready: true, KubeProxyReplacement: true, SocketLB: true, IPv4Masquerade: true, Why: []agent.Requirement{{Requirement: "r"}}}
+	f := &Facts{Node: "n1", Ready: true, KubeProxyReplacement: true, SocketLB: true, IPv4Masquerade: true, MasqueradeMode: "BPF", Why: []agent.Requirement{{Requirement: "r"}}}
 	s, tables := newServer(t, f)
 	state.Insert(tables.DB, tables.Endpoints, model.Endpoint{ID: 7, Namespace: "d", Pod: "p", IPv4: netip.MustParseAddr("10.0.1.7"), Identity: 4711, Labels: map[string]string{"app": "x"}})
 	state.Insert(tables.DB, tables.IPCache,

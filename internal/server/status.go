@@ -31,6 +31,7 @@ type Facts struct {
 	IPv4Masquerade       bool
 	IPv6Masquerade       bool
 	MasqueradeExcluded   []string
+	MasqueradeMode       string // BPF, BPF (ip-masq-agent), IPTables
 	ClockSource          string
 	BPFMaps              []agent.BPFMap
 	MTU                  agent.MTU
@@ -113,7 +114,7 @@ func Status(t *state.Tables, f Facts, now time.Time) agent.Status {
 	}
 	s.Masquerading = agent.Masquerading{Mode: "Disabled"}
 	if f.IPv4Masquerade || f.IPv6Masquerade {
-		s.Masquerading = agent.Masquerading{Mode: "BPF", Devices: names, Excluded: f.MasqueradeExcluded, IPv4: f.IPv4Masquerade, IPv6: f.IPv6Masquerade}
+		s.Masquerading = agent.Masquerading{Mode: f.MasqueradeMode, Devices: names, Excluded: f.MasqueradeExcluded, IPv4: f.IPv4Masquerade, IPv6: f.IPv6Masquerade}
 	}
 	s.KubeProxyReplacement = kubeProxyReplacement(f, s.Devices)
 

@@ -26,6 +26,8 @@ type NodeObject struct {
 	Taints    []string       // Node: keys
 	NetworkOK bool           // Node: condition NetworkUnavailable is False
 	Zone      string         // Node: label topology.kubernetes.io/zone
+
+	NonMasquerade []netip.Prefix // Node: annotation, destinations to which its pods keep their addresses
 }
 
 // NodeObjectKey is the key of a row of NodeObjects.
@@ -51,7 +53,8 @@ func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 // Equal reports whether nothing that a reader could see differs.
 func (r NodeObject) Equal(o NodeObject) bool {
 	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK && r.Zone == o.Zone &&
-		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints)
+		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints) &&
+		slices.Equal(r.NonMasquerade, o.NonMasquerade)
 }
 
 // Node is a row of the merged nodes.

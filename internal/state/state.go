@@ -16,19 +16,20 @@ import (
 type Tables struct {
 	DB *statedb.DB
 
-	NodeObjects statedb.RWTable[NodeObject]    // k8s: Nodes and CiliumNodes as read
-	Local       statedb.RWTable[Node]          // agent: this node, one row, known before the API server answers
-	Nodes       statedb.RWTable[Node]          // node: the merged nodes of the cluster
-	IPCache     statedb.RWTable[IPCache]       // node: who is behind a prefix
-	Routes      statedb.RWTable[Route]         // node: wanted routes
-	Warnings    statedb.RWTable[Warning]       // node, ipam, service: what a person should know
-	TunnelPaths statedb.RWTable[TunnelPath]    // agent: what the kernel has of the way into the tunnel
-	Devices     statedb.RWTable[Device]        // agent: devices that programs are attached to
-	Endpoints   statedb.RWTable[Endpoint]      // endpoint: pods of this node
-	Pods        statedb.RWTable[Pod]           // k8s: pods of this node
-	Namespaces  statedb.RWTable[Namespace]     // k8s
-	Services    statedb.RWTable[Service]       // k8s
-	Slices      statedb.RWTable[EndpointSlice] // k8s
+	NodeObjects   statedb.RWTable[NodeObject]    // k8s: Nodes and CiliumNodes as read
+	Local         statedb.RWTable[Node]          // agent: this node, one row, known before the API server answers
+	Nodes         statedb.RWTable[Node]          // node: the merged nodes of the cluster
+	IPCache       statedb.RWTable[IPCache]       // node: who is behind a prefix
+	Routes        statedb.RWTable[Route]         // node: wanted routes
+	Warnings      statedb.RWTable[Warning]       // node, ipam, service: what a person should know
+	NonMasquerade statedb.RWTable[NonMasquerade] // agent: destinations outside of the cluster that see pods' own addresses
+	TunnelPaths   statedb.RWTable[TunnelPath]    // agent: what the kernel has of the way into the tunnel
+	Devices       statedb.RWTable[Device]        // agent: devices that programs are attached to
+	Endpoints     statedb.RWTable[Endpoint]      // endpoint: pods of this node
+	Pods          statedb.RWTable[Pod]           // k8s: pods of this node
+	Namespaces    statedb.RWTable[Namespace]     // k8s
+	Services      statedb.RWTable[Service]       // k8s
+	Slices        statedb.RWTable[EndpointSlice] // k8s
 
 	ServicePorts statedb.RWTable[ServicePort] // service: what the datapath is to serve
 	HealthChecks statedb.RWTable[HealthCheck] // service: ports for load balancers' questions
@@ -55,6 +56,7 @@ func New() (*Tables, error) {
 		create(db, &t.IPCache, newIPCache),
 		create(db, &t.Routes, newRoutes),
 		create(db, &t.Warnings, newWarnings),
+		create(db, &t.NonMasquerade, newNonMasquerade),
 		create(db, &t.TunnelPaths, newTunnelPaths),
 		create(db, &t.Devices, newDevices),
 		create(db, &t.Endpoints, newEndpoints),

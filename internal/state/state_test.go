@@ -33,6 +33,7 @@ func TestEveryTablePrintsAsManyCellsAsColumns(t *testing.T) {
 	Insert(tables.DB, tables.IPCache, IPCache{Prefix: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Routes, Route{Dst: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Warnings, Warning{Key: "k"})
+	Insert(tables.DB, tables.NonMasquerade, NonMasquerade{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Source: "s"})
 	Insert(tables.DB, tables.TunnelPaths, TunnelPath{Prefix: netip.MustParsePrefix("10.0.0.0/8")})
 	Insert(tables.DB, tables.Devices, Device{Ifindex: 2})
 	Insert(tables.DB, tables.Local, Node{Name: "n"})

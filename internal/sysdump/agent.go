@@ -27,7 +27,7 @@ var answers = []struct{ name, path string }{
 }
 
 // bpfTables are what `lash bpf NAME list` shows; the last two are long.
-var bpfTables = []string{"net", "endpoint", "device", "ipcache", "tunnel", "lb", "socket", "metrics", "ct", "nat"}
+var bpfTables = []string{"net", "endpoint", "device", "ipcache", "ipmasq", "tunnel", "lb", "socket", "metrics", "nat-top", "ct", "nat"}
 
 // Agent collects what the agent of this node knows and has in the kernel. If it does not answer, that is one problem, not
 // one for each file. quick leaves out the connections; more are files that the caller makes of answers.
@@ -45,7 +45,7 @@ func (a *Archive) Agent(ctx context.Context, ask Ask, quick bool, more ...Part) 
 	}
 	tables := bpfTables
 	if quick {
-		tables = tables[:len(tables)-2]
+		tables = tables[:len(tables)-3]
 	}
 	for _, t := range tables {
 		a.get(ctx, ask, "bpf/"+t+".json", "/v1/bpf/"+t)

@@ -101,6 +101,8 @@ type options struct {
 	xdp, spread   bool   // XDP on the nodes' devices; it spreads packets over the CPUs
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
+	netfilter     bool   // not BPF masquerades
+	far           bool   // masquerading uses the ports from 32768 on, too
 	connMax       uint32 // rows of lash_conn; 0: 65536
 	dropNoBackend bool   // services without backends drop instead of refusing
 }
@@ -235,13 +237,18 @@ func (nd *node) open(c *cluster, o options) error {
 	if o.fewPorts {
 		snatMin, snatMax = 30000, 30003
 	}
+	var snatFarMin, snatFarMax uint16
+	if o.far {
+		snatFarMin, snatFarMax = 32768, 65535
+	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax, NodeAddrs: []netip.Addr{nd.ip4, nd.ip6},
 		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelMTU: o.routeMTU(), DSR: o.dsr,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: true, Masquerade6: true, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024, NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend,
+		HostRouting: !o.legacy, Masquerade4: !o.netfilter, Masquerade6: !o.netfilter, SNATFarMin: snatFarMin, SNATFarMax: snatFarMax, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024,
+		NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err

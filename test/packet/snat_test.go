@@ -3,6 +3,7 @@
 package packet
 
 import (
+	"context"
 	"encoding/binary"
 	"net/netip"
 	"testing"
@@ -256,6 +257,62 @@ func TestAFloodEvictsNoLiveConnection(t *testing.T) {
 				if i == 0 {
 					p.must(t, fromA(frame(packet{src: f.a, dst: f.outside, l4: "udp", sport: 1000, dport: 53})), egress(bpf.SlowNot))
 				}
+			}
+		})
+	}
+}
+
+// What is excepted while a connection is masqueraded changes for the next one only, and back again.
+func TestExceptionsFromMasqueradingAreForNewConnections(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "bpf")
+			p.forget(t)
+			ctx := context.Background()
+			all := netip.PrefixFrom(unspecified(f), 0)
+			except := netip.PrefixFrom(f.outside, f.outside.BitLen()-8).Masked()
+			at := func(sport uint16) input {
+				return fromA(frame(packet{src: f.a, dst: f.outside, l4: "tcp", sport: sport, dport: 80, flags: "S"}))
+			}
+			sees := func(sport uint16, src netip.Addr, why uint32) {
+				t.Helper()
+				if h := read(p.must(t, at(sport), egress(why))); h.src != src {
+					t.Errorf("connection %d: outside sees %s, want %s", sport, h.src, src)
+				}
+			}
+			sees(1, f.node, bpf.SlowNew)
+			for _, prefix := range []netip.Prefix{except, all} {
+				if err := p.dp.NonMasquerade().Put(ctx, prefix, struct{}{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			sees(2, f.a, bpf.SlowNew)
+			sees(1, f.node, bpf.SlowNot)
+			if rows, err := p.dp.NonMasquerade().List(ctx); err != nil || len(rows) != 2 {
+				t.Fatalf("%v, %v", rows, err)
+			}
+			if err := p.dp.NonMasquerade().Delete(ctx, except); err != nil {
+				t.Fatal(err)
+			}
+			sees(3, f.a, bpf.SlowNew) // by the other
+			if err := p.dp.NonMasquerade().Delete(ctx, all); err != nil {
+				t.Fatal(err)
+			}
+			sees(4, f.node, bpf.SlowNew)
+			sees(2, f.a, bpf.SlowNot)
+			sees(1, f.node, bpf.SlowNot)
+
+			// In tunnel mode other nodes know pods from the tunnel only, whatever is excepted.
+			p = n.load(t, "tunnel")
+			p.forget(t)
+			if err := p.dp.NonMasquerade().Put(ctx, all, struct{}{}); err != nil {
+				t.Fatal(err)
+			}
+			defer p.dp.NonMasquerade().Delete(ctx, all)
+			out := p.must(t, fromA(frame(packet{src: f.a, dst: f.peer, l4: "udp", sport: 1, dport: 53})), egress(bpf.SlowNew))
+			if h := read(out); h.src != f.node {
+				t.Errorf("the other node sees %s", h.src)
 			}
 		})
 	}

@@ -46,6 +46,11 @@ func (h *Host) Cleanup(config CleanupConfig) (removed []string, err error) {
 	if err := cleanupRoutes(nl, note); err != nil {
 		problems = append(problems, err)
 	}
+	for family, ipv6 := range map[string]bool{"IPv4": false, "IPv6": true} {
+		if changed, err := h.SetMasquerade(ipv6, nil, false); changed || err != nil {
+			note("netfilter table "+netfilterTable+" ("+family+")", err)
+		}
+	}
 	if err := cleanupLinks(nl, config.Programs, note); err != nil {
 		problems = append(problems, err)
 	}
