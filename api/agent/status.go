@@ -74,19 +74,20 @@ type Status struct {
 
 // KubeProxyReplacement is the line "True   [eth0  172.18.0.11 (Direct Routing)]" and its verbose details.
 type KubeProxyReplacement struct {
-	Mode             string           `json:"mode"` // True or False
-	Devices          []Device         `json:"devices,omitempty"`
-	SocketLB         string           `json:"socketLB"`         // Enabled, Disabled
-	SocketLBTracing  string           `json:"socketLBTracing"`  // Disabled
-	SocketLBCoverage string           `json:"socketLBCoverage"` // Full, Hostns-only
-	LBMode           string           `json:"lbMode"`           // SNAT, DSR, Hybrid
-	DSRDispatch      string           `json:"dsrDispatch,omitempty"`
-	BackendSelection string           `json:"backendSelection"` // Random, Maglev (Table Size: 16381)
-	SessionAffinity  string           `json:"sessionAffinity"`
-	NAT46            string           `json:"nat46"`
-	XDPAcceleration  string           `json:"xdpAcceleration"`
-	Services         []ServiceFeature `json:"services"` // ClusterIP, NodePort, LoadBalancer, externalIPs, HostPort in this order
-	Annotations      []string         `json:"annotations,omitempty"`
+	Mode             string            `json:"mode"` // True or False
+	Devices          []Device          `json:"devices,omitempty"`
+	SocketLB         string            `json:"socketLB"`         // Enabled, Disabled
+	SocketLBTracing  string            `json:"socketLBTracing"`  // Disabled
+	SocketLBCoverage string            `json:"socketLBCoverage"` // Full, Hostns-only
+	LBMode           string            `json:"lbMode"`           // SNAT, DSR, Hybrid
+	DSRDispatch      string            `json:"dsrDispatch,omitempty"`
+	BackendSelection string            `json:"backendSelection"` // Random, Maglev (Table Size: 16381)
+	SessionAffinity  string            `json:"sessionAffinity"`
+	NAT46            string            `json:"nat46"`
+	XDPAcceleration  string            `json:"xdpAcceleration"`          // Native, Best-Effort, Disabled
+	NotAccelerated   map[string]string `json:"notAccelerated,omitempty"` // why devices have no XDP though it is on, by name
+	Services         []ServiceFeature  `json:"services"`                 // ClusterIP, NodePort, LoadBalancer, externalIPs, HostPort in this order
+	Annotations      []string          `json:"annotations,omitempty"`
 }
 
 // Sockmap is what connections within pods exchanged without packets, in pods that ask for it.

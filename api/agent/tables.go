@@ -83,6 +83,12 @@ type Option struct {
 	Takes string `json:"takes"` // what the value may be, for a person
 }
 
+// PrefilterChange is what `lash prefilter update` and `lash prefilter delete` ask for.
+type PrefilterChange struct {
+	Add    []netip.Prefix `json:"add,omitempty"`
+	Remove []netip.Prefix `json:"remove,omitempty"`
+}
+
 // EndpointChange is one row of `lash endpoint log`.
 type EndpointChange struct {
 	Time    time.Time `json:"time"`

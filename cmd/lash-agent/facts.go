@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -140,7 +141,7 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// dumper lets the server ask the datapath once it is open.
+// dumper lets the server use the datapath once it is open.
 type dumper struct{ a *agent }
 
 func (d dumper) Dump(name string) ([]string, [][]string, error) {
@@ -149,4 +150,24 @@ func (d dumper) Dump(name string) ([]string, [][]string, error) {
 		return nil, nil, errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)
 	}
 	return dp.Dump(name)
+}
+
+// Prefilter and ChangePrefilter are the datapath's, once it is open.
+func (d dumper) Prefilter() ([]netip.Prefix, error) {
+	if dp := d.a.phase.Load().dp; dp != nil {
+		return dp.Prefilter()
+	}
+	return nil, errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)
+}
+
+func (d dumper) ChangePrefilter(add, remove []netip.Prefix) error {
+	dp := d.a.phase.Load().dp
+	if dp == nil {
+		return errors.New("the datapath is not loaded yet: " + d.a.phase.Load().waiting)
+	}
+	if err := dp.ChangePrefilter(add, remove); err != nil {
+		return err
+	}
+	d.a.log.Info("prefilter changed", "added", add, "removed", remove)
+	return nil
 }

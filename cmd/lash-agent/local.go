@@ -280,6 +280,7 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		ConnMax: uint32(cfg.BPFCTMax), ServiceMax: uint32(cfg.BPFLBMapMax), NoTCX: !cfg.EnableTCX,
 		OutsideClusterIP: cfg.LBExternalClusterIP, DropNoBackend: cfg.ServiceNoBackend == "drop", NoBindProtection: !cfg.NodePortBindProtection,
 		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
+		XDP: cfg.LBAcceleration != "disabled", XDPSpread: cfg.LBXDPSpread,
 		NoServices: !cfg.KubeProxyReplacement, DSR: cfg.KubeProxyReplacement && cfg.DSRProblem() == "",
 	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()

@@ -142,7 +142,7 @@ func (a *agent) refreshDevices(ctx context.Context, base netdev.Base, devices *r
 			errs = append(errs, a.dp.DetachDevice(d.Ifindex, d.Name))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, a.accelerate())...)
 }
 
 // apiHealth is what the last heartbeat found.

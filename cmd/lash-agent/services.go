@@ -57,7 +57,7 @@ func (a *agent) lbFact() server.LoadBalancing {
 	cfg := a.cfg
 	f := server.LoadBalancing{
 		Mode: map[string]string{"snat": "SNAT", "dsr": "DSR", "hybrid": "Hybrid"}[cfg.LBMode], Algorithm: "Random", SessionAffinity: cfg.SessionAffinity,
-		Acceleration: "Disabled", NodePortRange: fmt.Sprintf("%d-%d", cfg.NodePortRange.First, cfg.NodePortRange.Last), Annotations: k8s.ServiceAnnotations(),
+		NodePortRange: fmt.Sprintf("%d-%d", cfg.NodePortRange.First, cfg.NodePortRange.Last), Annotations: k8s.ServiceAnnotations(),
 	}
 	if cfg.LBMode != "snat" {
 		f.DSRDispatch = map[string]string{"opt": "IP Option/Extension", "ipip": "IPIP", "geneve": "Geneve"}[cfg.LBDSRDispatch]
@@ -65,9 +65,7 @@ func (a *agent) lbFact() server.LoadBalancing {
 	if cfg.LBAlgorithm == "maglev" {
 		f.Algorithm = fmt.Sprintf("Maglev (Table Size: %d)", cfg.LBMaglevTableSize)
 	}
-	if cfg.LBAcceleration != "disabled" {
-		f.Acceleration = "Disabled (" + cfg.LBAcceleration + " is configured; this version has no XDP program)"
-	}
+	f.Acceleration, f.NotAccelerated = a.acceleration()
 	return f
 }
 

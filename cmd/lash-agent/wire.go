@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -62,16 +63,18 @@ type agent struct {
 	monitoring *monitoring
 	hub        atomic.Pointer[events.Hub] // nil until the datapath is open
 
-	kinds      []string                         // API kinds that are watched
-	network    atomic.Pointer[model.PodNetwork] // what new pods get
-	detection  atomic.Pointer[netdev.Detection]
-	tunnel     tunnelDevice
-	noServices bool // the kernel had none when the agent started
-	kubernetes atomic.Pointer[apiHealth]
-	phase      atomic.Pointer[phase]
-	attached   atomic.Bool                    // socket programs
-	loaded     atomic.Pointer[[]netip.Prefix] // pod CIDRs the programs were loaded for
-	cniConf    atomic.Pointer[string]
+	kinds        []string                         // API kinds that are watched
+	network      atomic.Pointer[model.PodNetwork] // what new pods get
+	detection    atomic.Pointer[netdev.Detection]
+	tunnel       tunnelDevice
+	noServices   bool // the kernel had none when the agent started
+	kubernetes   atomic.Pointer[apiHealth]
+	phase        atomic.Pointer[phase]
+	attached     atomic.Bool                       // socket programs
+	accelerating sync.Mutex                        // one look at XDP at a time
+	slower       atomic.Pointer[map[string]string] // why devices have no XDP, by name; nil: not attached yet
+	loaded       atomic.Pointer[[]netip.Prefix]    // pod CIDRs the programs were loaded for
+	cniConf      atomic.Pointer[string]
 }
 
 // phase is how far the agent is.
@@ -106,7 +109,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)
 	g.start("endpoint-log", endpointLog.Run)
 	srv := server.New(server.Config{
-		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Events: listener{a}, Options: a.monitoring, Explain: a.explain, EndpointLog: endpointLog, Log: log,
+		Tables: a.tables, Facts: a.facts, Datapath: dumper{a}, Prefilter: dumper{a}, Events: listener{a}, Options: a.monitoring, Explain: a.explain, EndpointLog: endpointLog, Log: log,
 	})
 	g.start("api", func(ctx context.Context) error { return srv.Serve(ctx, cfg.SocketPath) })
 	g.start("health", func(ctx context.Context) error { return srv.ServeHealth(ctx, cfg.AgentHealthPort) })
@@ -223,6 +226,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
 	a.task(g, a.sockmap())
+	a.task(g, a.keepAccelerated())
 	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
 	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })
@@ -277,7 +281,7 @@ func (a *agent) attachNode(ctx context.Context, base netdev.Base, devices *recon
 			return fmt.Errorf("attach programs to %s: %w", d.Name, err)
 		}
 	}
-	return nil
+	return a.accelerate()
 }
 
 // installation is where the container runtime finds the plugin.

@@ -67,7 +67,7 @@ func newRoot(s Streams) *cobra.Command {
 		Short: "Install Lash on a Kubernetes cluster, and see what it does there",
 		Long: `lash installs Lash, Kubernetes networking in eBPF, and shows its state.
 
-Commands about a node (status, monitor, explain, config, endpoint, ip, node, service, bpf, db) answer from the agent of this node when run in its
+Commands about a node (status, monitor, explain, config, endpoint, ip, node, service, prefilter, bpf, db) answer from the agent of this node when run in its
 pod; elsewhere they find an agent through the kubeconfig, on the node given by --node.`,
 		Example: `  lash install                       install on the cluster of the current context
   lash status --wait                 wait until every node is ready
@@ -92,7 +92,7 @@ pod; elsewhere they find an agent through the kubeconfig, on the node given by -
 	root.AddGroup(&cobra.Group{ID: "cluster", Title: "Commands for a cluster:"}, &cobra.Group{ID: "node", Title: "Commands for a node:"})
 	root.AddCommand(
 		a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.sysdumpCommand(),
-		a.statusCommand(), a.endpointCommand(), a.identityCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.bpfCommand(), a.dbCommand(),
+		a.statusCommand(), a.endpointCommand(), a.identityCommand(), a.ipCommand(), a.nodeCommand(), a.serviceCommand(), a.prefilterCommand(), a.bpfCommand(), a.dbCommand(),
 		a.monitorCommand(), a.explainCommand(), a.healthCommand(), a.configCommand(),
 		a.benchCommand(), a.versionCommand(),
 	)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -337,6 +338,9 @@ func kprDetails(w io.Writer, k agent.KubeProxyReplacement) {
 	detail("Session Affinity", k.SessionAffinity)
 	detail("NAT46/64 Support", k.NAT46)
 	detail("XDP Acceleration", k.XDPAcceleration)
+	for _, device := range slices.Sorted(maps.Keys(k.NotAccelerated)) {
+		detail("- "+device, "by tc: "+k.NotAccelerated[device])
+	}
 	row(w, "  Services:")
 	for _, f := range k.Services {
 		text := f.State

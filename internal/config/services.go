@@ -46,11 +46,11 @@ func (c *Config) checkServices(bad func(string, string, ...any)) {
 	} else if why != "" {
 		c.notes = append(c.notes, "bpf-lb-dsr-dispatch: "+c.LBDSRDispatch+" has no effect: bpf-lb-mode is snat; services that ask for dsr by their annotation use opt")
 	}
-	switch c.LBAcceleration {
-	case "native":
-		bad("bpf-lb-acceleration", "XDP is not there yet: set disabled, or best-effort to have it when it is")
-	case "best-effort":
-		c.notes = append(c.notes, "bpf-lb-acceleration: best-effort has no effect yet: packets from outside are served by tc")
+	switch xdp := c.LBAcceleration != "disabled"; {
+	case !xdp && c.LBXDPSpread:
+		bad("bpf-lb-xdp-spread", "there is no XDP: set bpf-lb-acceleration to best-effort or native, or bpf-lb-xdp-spread to false")
+	case xdp && !c.KubeProxyReplacement:
+		c.notes = append(c.notes, "bpf-lb-acceleration: kube-proxy-replacement is off, so XDP serves no services; it only filters (lash prefilter)")
 	}
 	if s := c.KPRHealthzBindAddr; s != "" {
 		if a, err := netip.ParseAddrPort(s); err != nil || a.Port() == 0 {

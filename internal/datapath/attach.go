@@ -47,20 +47,14 @@ func (d *Datapath) DetachPod(ifindex int, name string) error {
 	return d.detach(ifindex, name, podHooks)
 }
 
-// AttachDevice does the same for a device towards the network. Where XDP is not configured, what an earlier agent attached
-// of it goes.
+// AttachDevice does the same for a device towards the network.
 func (d *Datapath) AttachDevice(ifindex int, name string) error {
-	if !d.cfg.XDP {
-		if err := d.DetachXDP(ifindex, name); err != nil {
-			return err
-		}
-	}
 	return d.attach(ifindex, name, deviceHooks)
 }
 
-// DetachDevice removes what AttachDevice and AttachXDP attached.
+// DetachDevice removes what AttachDevice attached.
 func (d *Datapath) DetachDevice(ifindex int, name string) error {
-	return errors.Join(d.DetachXDP(ifindex, name), d.detach(ifindex, name, deviceHooks))
+	return d.detach(ifindex, name, deviceHooks)
 }
 
 // AttachHost does the same for lash_host.
@@ -103,7 +97,7 @@ func (d *Datapath) unpinOthers(name string, hooks []hook) error {
 	for _, pin := range pins {
 		program := strings.TrimPrefix(pin, prefix)
 		if program == xdpHooks[0].program {
-			continue // AttachXDP's
+			continue // see KeepXDP
 		}
 		if strings.Contains(program, "-") || slices.ContainsFunc(hooks, func(h hook) bool { return h.program == program }) {
 			continue // with a dash: of a device whose name begins with this one's

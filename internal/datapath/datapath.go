@@ -58,7 +58,7 @@ type Config struct {
 
 	NoTCX bool // attach by clsact even where tcx exists
 
-	XDP       bool // AttachXDP may be called; false: what it attached earlier is taken away
+	XDP       bool // AttachXDP is going to be called
 	XDPSpread bool // what XDP passes to the kernel is spread over all CPUs
 }
 

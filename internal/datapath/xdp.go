@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 
 	"github.com/cilium/ebpf"
@@ -72,7 +73,7 @@ func (d *Datapath) linkXDP(dev netlink.Link, name string) error {
 	if l, err := link.LoadPinnedLink(path, nil); err == nil {
 		defer l.Close()
 		info, err := l.Info()
-		if err == nil && info.XDP() != nil && int(info.XDP().Ifindex) == ifindex && l.Update(prog) == nil {
+		if err == nil && info.XDP() != nil && int(info.XDP().Ifindex) == ifindex && (d.isProgram(prog, info.Program) || l.Update(prog) == nil) {
 			return nil
 		}
 		// Of a device of that name that is gone.
@@ -93,15 +94,57 @@ func (d *Datapath) linkXDP(dev netlink.Link, name string) error {
 	return l.Pin(path)
 }
 
+// isProgram tells whether a program has that number. Replaced by itself, a device might pause.
+func (d *Datapath) isProgram(p *ebpf.Program, id ebpf.ProgramID) bool {
+	info, err := p.Info()
+	if err != nil {
+		return false
+	}
+	own, ok := info.ID()
+	return ok && own == id
+}
+
 // DetachXDP removes what AttachXDP attached. A device that is gone is no error.
 func (d *Datapath) DetachXDP(ifindex int, name string) error {
-	var errs []error
-	if d.xdp == nil {
-		rows := d.maps["lash_xdp_devices"]
-		errs = append(errs, remove(rows, uint32(ifindex)), remove(rows, uint32(ifindex)|bpf.XDPBack))
+	err := os.Remove(d.linkPath(name, xdpHooks[0].program))
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
 	}
-	if err := os.Remove(d.linkPath(name, xdpHooks[0].program)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		errs = append(errs, fmt.Errorf("detach %s from %s: %w", xdpHooks[0].program, name, err))
+	if err != nil {
+		err = fmt.Errorf("detach %s from %s: %w", xdpHooks[0].program, name, err)
+	}
+	if d.xdp != nil {
+		return err
+	}
+	rows := d.maps["lash_xdp_devices"]
+	return errors.Join(err, remove(rows, uint32(ifindex)), remove(rows, uint32(ifindex)|bpf.XDPBack))
+}
+
+// KeepXDP detaches from all devices but these, names by ifindex, what AttachXDP attached, now or in an earlier agent.
+func (d *Datapath) KeepXDP(devices map[int]string) error {
+	keep := map[string]bool{}
+	for _, name := range devices {
+		keep[d.linkPath(name, xdpHooks[0].program)] = true
+	}
+	pins, err := filepath.Glob(d.linkPath("*", xdpHooks[0].program))
+	errs := []error{err}
+	for _, pin := range pins {
+		if !keep[pin] {
+			errs = append(errs, os.Remove(pin))
+		}
+	}
+	if d.xdp != nil {
+		return errors.Join(errs...)
+	}
+	rows := d.maps["lash_xdp_devices"]
+	var gone []uint32
+	errs = append(errs, list(rows, "lash_xdp_devices", func(key, _ uint32) {
+		if _, ok := devices[int(key&^bpf.XDPBack)]; !ok {
+			gone = append(gone, key)
+		}
+	}))
+	for _, key := range gone {
+		errs = append(errs, remove(rows, key))
 	}
 	return errors.Join(errs...)
 }

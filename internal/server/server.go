@@ -42,6 +42,8 @@ type Config struct {
 	Events   Events
 	Options  Options
 	Explain  Explainer
+	// Prefilter is what devices drop before the kernel sees it.
+	Prefilter Prefilter
 	// EndpointLog may be asked from the start.
 	EndpointLog EndpointLog
 	Log         *slog.Logger
@@ -64,6 +66,8 @@ func New(cfg Config) *Server {
 	s.handle("PATCH /v1/config", s.setOptions)
 	s.mux.HandleFunc("GET /v1/monitor", s.monitor)
 	s.handle("POST /v1/explain", s.explain)
+	s.handle("GET /v1/prefilter", s.prefilter)
+	s.handle("PATCH /v1/prefilter", s.setPrefilter)
 	s.handle("GET /v1/ip", s.ips)
 	s.handle("GET /v1/identities", s.identities)
 	s.handle("GET /v1/identities/{id}", s.identity)

@@ -47,7 +47,8 @@ type LoadBalancing struct {
 	DSRDispatch     string // empty without DSR
 	Algorithm       string // Random, Maglev (Table Size: 16381)
 	SessionAffinity bool
-	Acceleration    string
+	Acceleration    string            // Native, Best-Effort, Disabled
+	NotAccelerated  map[string]string // why devices have no XDP though it is on, by name
 	NodePortRange   string
 	Annotations     []string // of services that are followed
 }
@@ -149,6 +150,9 @@ func kubeProxyReplacement(f Facts, devices []agent.Device) agent.KubeProxyReplac
 		Mode: "False", SocketLB: enabled(f.KubeProxyReplacement && f.SocketLB), SocketLBTracing: "Disabled", BackendSelection: "Random",
 		SessionAffinity: "Disabled", NAT46: "Disabled", XDPAcceleration: "Disabled",
 	}
+	if f.LB.Acceleration != "" {
+		k.XDPAcceleration, k.NotAccelerated = f.LB.Acceleration, f.LB.NotAccelerated
+	}
 	// Each kind of frontend is served at the socket and, for the rest, by the programs on devices.
 	on := enabled(f.KubeProxyReplacement && f.SocketLB)
 	for _, name := range []string{"ClusterIP", "NodePort", "LoadBalancer", "externalIPs", "HostPort"} {
@@ -158,7 +162,7 @@ func kubeProxyReplacement(f Facts, devices []agent.Device) agent.KubeProxyReplac
 		k.Mode = "True"
 		k.Devices = devices
 		k.LBMode, k.DSRDispatch, k.BackendSelection, k.SessionAffinity = f.LB.Mode, f.LB.DSRDispatch, f.LB.Algorithm, enabled(f.LB.SessionAffinity)
-		k.XDPAcceleration, k.Annotations = f.LB.Acceleration, f.LB.Annotations
+		k.Annotations = f.LB.Annotations
 		if f.LB.NodePortRange != "" && on == agent.StateEnabled {
 			k.Services[1].Note = "Range: " + f.LB.NodePortRange
 		}

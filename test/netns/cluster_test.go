@@ -291,10 +291,15 @@ func (nd *node) open(c *cluster, o options) error {
 	if err := nd.dp.AttachDevice(eth0, "eth0"); err != nil {
 		return err
 	}
+	keep := map[int]string{}
 	if o.xdp {
+		keep[eth0] = "eth0"
 		if err := nd.dp.AttachXDP(eth0, "eth0"); err != nil {
 			return err
 		}
+	}
+	if err := nd.dp.KeepXDP(keep); err != nil {
+		return err
 	}
 	return nd.dp.AttachHost(host, "lash_host")
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -344,5 +345,53 @@ func TestXDPSpreadsPacketsOverCPUs(t *testing.T) {
 	}
 	if used < 2 {
 		t.Errorf("64 connections were handled by %d CPUs: %v, before %v", used, after, before)
+	}
+}
+
+// What the prefilter has is dropped in both families, counted, and dropped while there is no agent; the next agent knows it.
+func TestXDPPrefilterOutlivesTheAgent(t *testing.T) {
+	o := options{podsPerNode: 1, xdp: true}
+	c := newCluster(t, o)
+	n := c.nodes[0]
+	pings := func(want bool) {
+		t.Helper()
+		for _, a := range []netip.Addr{n.ip4, n.ip6} {
+			if out, err := try(c.outside, "ping", "-n", "-c", "1", "-W", "1", a.String()); (err == nil) != want {
+				t.Errorf("ping of %s: %v, want it to be answered: %v\n%s", a, err, want, out)
+			}
+		}
+	}
+	filter := []netip.Prefix{netip.MustParsePrefix("172.18.0.128/25"), netip.MustParsePrefix("fd18::200/120")}
+	pings(true)
+	if err := n.dp.ChangePrefilter(filter, nil); err != nil {
+		t.Fatal(err)
+	}
+	pings(false)
+	var dropped uint64
+	var k bpf.DropKey
+	var perCPU []bpf.Count
+	for it := n.dp.Map("lash_drops").Iterate(); it.Next(&k, &perCPU); {
+		if k.Reason == bpf.DropDenylist && k.Dir == bpf.HookXDP {
+			for _, c := range perCPU {
+				dropped += c.Packets
+			}
+		}
+	}
+	if dropped < 2 {
+		t.Errorf("%d drops are counted, want both families'", dropped)
+	}
+	n.do(t, "end of the agent", n.dp.Close)
+	pings(false)
+	n.do(t, "the next agent", func() error { return n.open(c, o) })
+	pings(false)
+	if now, err := n.dp.Prefilter(); err != nil || !slices.Equal(now, filter) {
+		t.Errorf("the next agent finds %v, %v", now, err)
+	}
+	if err := n.dp.ChangePrefilter(nil, filter); err != nil {
+		t.Fatal(err)
+	}
+	pings(true)
+	if err := n.dp.ChangePrefilter(nil, filter[:1]); err == nil || !strings.Contains(err.Error(), "is not in the prefilter") {
+		t.Errorf("removed twice: %v", err)
 	}
 }
