@@ -163,6 +163,16 @@ func TestEveryPathHasItsBaselineAndGates(t *testing.T) {
 		if p.Gated && len(gates[p.Group]) == 0 {
 			t.Errorf("path %s has no gates", p.Name)
 		}
+		if i := slices.IndexFunc(all, func(b Path) bool { return b.Name == p.Against }); i >= 0 {
+			for _, kind := range Kinds {
+				if p.carries(kind) && !all[i].carries(kind) {
+					t.Errorf("%s of path %s is compared with %s, where it is not measured", kind, p.Name, p.Against)
+				}
+				if _, gated := gates[p.Group][kind]; p.Gated && gated && !p.carries(kind) {
+					t.Errorf("%s of path %s has a gate and is not measured", kind, p.Name)
+				}
+			}
+		}
 	}
 }
 
@@ -238,6 +248,9 @@ func TestTraffic(t *testing.T) {
 			if kind == CRR && server.Count < client.Count {
 				t.Errorf("crr: the server saw %d connections, the client made %d", server.Count, client.Count)
 			}
+			if kind == Flood && server.Count != client.Count { // nothing loses any between these two
+				t.Errorf("pps: of %d datagrams %d were delivered", client.Count, server.Count)
+			}
 		}
 	}
 }
@@ -262,6 +275,18 @@ func TestADeadEndGivesAnErrorAndNotAFigure(t *testing.T) {
 	defer b.close()
 	if _, _, err := b.cell(b.paths[0], RR, 4, 0, time.Millisecond); err == nil || !strings.Contains(err.Error(), "connect") {
 		t.Errorf("got %v, want the client's connect error", err)
+	}
+}
+
+func TestKernelsCountersAreRead(t *testing.T) {
+	if n, ok := snmpField("Tcp: A B\nTcp: 1 2\nUdp: InDatagrams RcvbufErrors\nUdp: 7 9\n", "Udp:", "RcvbufErrors"); n != 9 || !ok {
+		t.Errorf("snmp: %d, %v", n, ok)
+	}
+	if n, ok := snmp6Field("Ip6X \t1\nUdp6RcvbufErrors       \t12\n", "Udp6RcvbufErrors"); n != 12 || !ok {
+		t.Errorf("snmp6: %d, %v", n, ok)
+	}
+	if _, ok := snmpField("Udp: A\nUdp: 1\n", "Udp:", "B"); ok {
+		t.Error("a counter that is not there was read")
 	}
 }
 

@@ -32,6 +32,7 @@ type mode struct {
 	tunnel bool // VXLAN between nodes
 	legacy bool // host routing by the stack
 	events bool // somebody listens, at the aggregation that is usual
+	xdp    bool // XDP on the nodes' devices
 
 	services int // other services than the measured one; 0: a few
 }
@@ -130,6 +131,7 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 		NativeCIDRs:    []netip.Prefix{netip.MustParsePrefix("10.76.0.0/16"), netip.MustParsePrefix("fd00:76::/32")},
 		ServiceMax:     uint32(max(65536, 4*m.services)),
 		OverlayIfindex: tunnel, TunnelPort: tunnelPort, HostRouting: !m.legacy, Masquerade4: true, Masquerade6: true,
+		XDP: m.xdp,
 	}, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	if err != nil {
 		return nil, err
@@ -161,6 +163,14 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if m.xdp {
+		if err := t.wire(node); err != nil {
+			return nil, err
+		}
+		if err := node.Do(func() error { return n.datapath.AttachXDP(index, "eth0") }); err != nil {
+			return nil, fmt.Errorf("XDP on eth0: %w", err)
+		}
 	}
 	if m.events {
 		if err := t.listen(n.datapath); err != nil {

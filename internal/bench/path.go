@@ -19,7 +19,9 @@ const (
 	Legacy     = "legacy"
 	Events     = "events" // told to a listener; compared with Lash without one
 	WithinPod  = "within a pod"
-	Services   = "services" // translated at the socket; compared with Lash asked for the backend itself
+	Services   = "services"             // translated at the socket; compared with Lash asked for the backend itself
+	PerPacket  = "services, per packet" // translated in each packet; compared with the same
+	NodePort   = "NodePort"             // a client outside, by way of a node, to a process of another node
 	Many       = "10k services"
 )
 
@@ -27,10 +29,19 @@ const (
 type Path struct {
 	Name    string // unique
 	Group   string
-	Against string // the path it is compared with; empty: it is a baseline
-	Gated   bool   // the gates of its group apply
-	Extra   bool   // only when asked for by name, or by "all"
+	Against string   // the path it is compared with; empty: it is a baseline
+	Gated   bool     // the gates of its group apply
+	Extra   bool     // only when asked for by name, or by "all"
+	Kinds   []string // of traffic; nil: all but Flood
 	Setup   func(*Topology) (Pair, error)
+}
+
+// carries tells whether traffic of that kind is measured on the path.
+func (p Path) carries(kind string) bool {
+	if p.Kinds == nil {
+		return kind != Flood
+	}
+	return slices.Contains(p.Kinds, kind)
 }
 
 // Baselines.
@@ -46,7 +57,7 @@ func Paths() []Path {
 		{Name: "limit-same", Group: SameNode, Against: Direct, Setup: limitSame},
 		{Name: "lash-same", Group: SameNode, Against: Direct, Gated: true, Setup: lashSame},
 		{Name: "routed-same", Group: SameNode, Against: Direct, Extra: true, Setup: routedSame},
-		{Name: Bare, Group: AcrossNode, Setup: bareNodes},
+		{Name: Bare, Group: AcrossNode, Kinds: Kinds, Setup: bareNodes},
 		{Name: "limit-across", Group: AcrossNode, Against: Bare, Setup: limitAcross},
 		{Name: "lash-across", Group: AcrossNode, Against: Bare, Gated: true, Setup: lashAcross(native)},
 		{Name: "routed-across", Group: AcrossNode, Against: Bare, Extra: true, Setup: routedAcross},
@@ -58,6 +69,10 @@ func Paths() []Path {
 		{Name: "lash-hooks", Group: Services, Against: "lash-same", Setup: lashHooks(native)},
 		{Name: "lash-service", Group: Services, Against: "lash-same", Gated: true, Setup: lashService(native)},
 		{Name: "lash-service-10k", Group: Many, Against: "lash-service", Gated: true, Setup: lashService(mode{services: manyServices})},
+		{Name: "lash-packets", Group: PerPacket, Against: "lash-same", Gated: true, Kinds: []string{RR, CRR}, Setup: lashPackets(native)},
+		{Name: "lash-packets-10k", Group: Many, Against: "lash-packets", Gated: true, Kinds: []string{RR, CRR}, Setup: lashPackets(mode{services: manyServices})},
+		{Name: "lash-nodeport", Group: NodePort, Against: Bare, Gated: true, Kinds: []string{RR, Flood}, Setup: lashNodePort(native)},
+		{Name: "lash-nodeport-xdp", Group: NodePort, Against: Bare, Kinds: []string{RR, Flood}, Setup: lashNodePort(mode{xdp: true})},
 		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},
 	}
 }

@@ -75,6 +75,9 @@ func (b *bed) programs(ctx context.Context, o Options) ([]ProgramCost, error) {
 	for _, w := range b.paths {
 		for _, kind := range o.Kinds {
 			for _, family := range o.Families {
+				if !w.carries(kind) {
+					continue
+				}
 				if ctx.Err() != nil {
 					return costs, ctx.Err()
 				}

@@ -24,6 +24,9 @@ var references = map[string]map[string]reference{
 	Legacy: {
 		RR: {0, 1 / .44}, CRR: {0, .15}, Stream: {0, .62}, StreamX: {0, .53},
 	},
+	NodePort: {
+		RR: {0, 1 / .62},
+	},
 	HostToHost: {
 		RR: {1, 1 / .61}, CRR: {1, .28}, Stream: {1, .78}, StreamX: {1, .73},
 	},
@@ -40,6 +43,8 @@ var gates = map[string]map[string]float64{
 	WithinPod:  {RR: .85, Stream: .60},
 	Services:   {RR: 1.03, CRR: 1 / 1.05},
 	Many:       {RR: 1.03, CRR: 1 / 1.03},
+	PerPacket:  {RR: 1.08, CRR: 1 / 1.12},
+	NodePort:   {RR: 1 / .80, Flood: .70},
 }
 
 const familyGate = .03

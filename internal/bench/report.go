@@ -90,6 +90,9 @@ func (r *Report) evaluate(paths []Path, kinds []string, families []int) {
 	r.OK = len(r.Cells) > 0
 	for _, p := range paths {
 		for _, kind := range kinds {
+			if !p.carries(kind) {
+				continue
+			}
 			for _, family := range families {
 				row := Row{Group: p.Group, Path: p.Name, Kind: kind, Family: family}
 				var values, ratios []float64
@@ -182,7 +185,7 @@ var units = map[string]struct {
 	format string
 	scale  float64
 }{
-	RR: {"µs", "%.2f", 1}, CRR: {"k/s", "%.1f", 1e-3}, Stream: {"Gbit/s", "%.1f", 1}, StreamX: {"Gbit/s", "%.1f", 1},
+	RR: {"µs", "%.2f", 1}, CRR: {"k/s", "%.1f", 1e-3}, Stream: {"Gbit/s", "%.1f", 1}, StreamX: {"Gbit/s", "%.1f", 1}, Flood: {"kpps", "%.0f", 1e-3},
 }
 
 // Print writes the tables.
@@ -222,7 +225,7 @@ func (r *Report) Print(w io.Writer) error {
 		t = tabwriter.NewWriter(w, 2, 0, 2, ' ', tabwriter.AlignRight)
 		fmt.Fprintln(t, "path\tkind\tIP\tprogram\tid\tns a run\truns\tper\t")
 		for _, p := range r.Programs {
-			per := map[string]string{RR: "exchange", CRR: "connection"}[p.Kind]
+			per := map[string]string{RR: "exchange", CRR: "connection", Flood: "datagram"}[p.Kind]
 			if per == "" {
 				per = "64 KiB"
 			}

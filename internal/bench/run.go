@@ -16,7 +16,7 @@ import (
 )
 
 // Kinds is all kinds of traffic, in the order of the report.
-var Kinds = []string{RR, CRR, Stream, StreamX}
+var Kinds = []string{RR, CRR, Stream, StreamX, Flood}
 
 // Options says what to measure and for how long.
 type Options struct {
@@ -37,7 +37,7 @@ type Cell struct {
 	Path   string  `json:"path"`
 	Kind   string  `json:"kind"`
 	Family int     `json:"family"`
-	Value  float64 `json:"value"` // rr: µs an exchange; crr: connects a second; streams: Gbit/s
+	Value  float64 `json:"value"` // rr: µs an exchange; crr: connects a second; streams: Gbit/s; pps: datagrams a second
 	Error  string  `json:"error,omitempty"`
 }
 
@@ -190,6 +190,8 @@ func value(kind string, client, server Result) float64 {
 		return float64(client.P50) / 1e3
 	case CRR:
 		return float64(client.Count) / client.Time.Seconds()
+	case Flood:
+		return float64(server.Count) / client.Time.Seconds()
 	}
 	return float64(server.Count) * 8 / server.Time.Seconds() / 1e9
 }
@@ -256,6 +258,9 @@ func (b *bed) block(o Options, round int, kind string) []Cell {
 	var block []Cell
 	for _, w := range b.paths {
 		for _, f := range o.Families {
+			if !w.carries(kind) {
+				continue
+			}
 			block = append(block, Cell{Round: round, Path: w.Name, Kind: kind, Family: f})
 		}
 	}
@@ -272,8 +277,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		return nil, err
 	}
 	defer b.close()
-	o.Say("%d paths are set up; %d rounds of %d cells, about %s", len(b.paths), o.Rounds,
-		len(b.paths)*len(o.Kinds)*len(o.Families), o.estimate().Round(time.Second))
+	o.Say("%d paths are set up; %d rounds, about %s", len(b.paths), o.Rounds, o.estimate().Round(time.Second))
 	cells, err := b.rounds(ctx, o)
 	if err != nil {
 		return nil, err
@@ -296,11 +300,16 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 
 func (o Options) estimate() time.Duration {
 	n := 0
-	for _, kind := range o.Kinds {
-		n++
-		if kind == Stream || kind == StreamX {
-			n += streams - 1
+	for _, p := range o.Paths {
+		for _, kind := range o.Kinds {
+			switch {
+			case !p.carries(kind):
+			case kind == Stream || kind == StreamX:
+				n += streams
+			default:
+				n++
+			}
 		}
 	}
-	return time.Duration(o.Rounds*len(o.Paths)*n*len(o.Families)) * (o.Cell + o.warmTime() + 60*time.Millisecond)
+	return time.Duration(o.Rounds*n*len(o.Families)) * (o.Cell + o.warmTime() + 60*time.Millisecond)
 }

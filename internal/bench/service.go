@@ -105,6 +105,19 @@ func (c *lashCluster) serve(pair *Pair) error {
 	return nil
 }
 
+// lashPackets is lash-service without the socket programs: each packet is translated, and each answer back.
+func lashPackets(m mode) func(*Topology) (Pair, error) {
+	return func(t *Topology) (Pair, error) {
+		c, err := t.lash(m)
+		if err != nil {
+			return Pair{}, err
+		}
+		a, b := c.pods[0], c.pods[1]
+		pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
+		return pair, c.serve(&pair)
+	}
+}
+
 // addService writes a service port.
 func addService(services, backends *ebpf.Map, frontend netip.AddrPort, id uint32, to ...netip.AddrPort) error {
 	for i, b := range to {

@@ -20,6 +20,7 @@ const (
 	CRR     = "crr"     // connect, one byte there and back, close, ends share a CPU
 	Stream  = "stream"  // bulk data one way, ends share a CPU
 	StreamX = "streamx" // bulk data one way, ends on two CPUs
+	Flood   = "pps"     // small datagrams one way, as fast as one CPU sends and delivers them
 )
 
 const (
@@ -32,11 +33,15 @@ const (
 // parks nor hands over this thread, so a wake-up costs what it costs in C.
 type socket int
 
-func newSocket(addr netip.Addr, congestion string) (socket, error) {
-	family := unix.AF_INET
+func family(addr netip.Addr) int {
 	if addr.Is6() {
-		family = unix.AF_INET6
+		return unix.AF_INET6
 	}
+	return unix.AF_INET
+}
+
+func newSocket(addr netip.Addr, congestion string) (socket, error) {
+	family := family(addr)
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("socket: %w", err)
@@ -71,6 +76,11 @@ func listen(addr netip.Addr, congestion string) (socket, uint16, error) {
 		s.close()
 		return -1, 0, fmt.Errorf("listen on %s: %w", addr, err)
 	}
+	return s.named()
+}
+
+// named is the socket with its port; without one it is closed.
+func (s socket) named() (socket, uint16, error) {
 	name, err := unix.Getsockname(int(s))
 	if err != nil {
 		s.close()
@@ -158,17 +168,19 @@ func (s socket) move(call uintptr, b []byte, flags uintptr) (int, error) {
 
 func (s socket) close() { unix.RawSyscall(unix.SYS_CLOSE, uintptr(s), 0, 0) }
 
+var errNoAnswer = fmt.Errorf("no answer in %s", patience)
+
 // timedOut names the two ways in which a socket's timeout shows.
 func timedOut(errno unix.Errno) error {
 	if errno == unix.EAGAIN || errno == unix.EINPROGRESS {
-		return fmt.Errorf("no answer in %s", patience)
+		return errNoAnswer
 	}
 	return errno
 }
 
 // Result is what one end saw of one cell.
 type Result struct {
-	Count uint64        `json:"count"` // exchanges, connections or bytes
+	Count uint64        `json:"count"` // exchanges, connections, bytes or datagrams
 	Time  time.Duration `json:"time"`
 	P50   time.Duration `json:"p50,omitempty"` // rr: median over batches, of one exchange
 }
@@ -180,8 +192,11 @@ const (
 
 // serve answers one client on a listening socket until it is done.
 func serve(kind string, l socket, warm, duration time.Duration) (Result, error) {
-	if kind == CRR {
+	switch kind {
+	case CRR:
 		return serveConnects(l)
+	case Flood:
+		return serveFlood(l)
 	}
 	c, err := l.accept()
 	if err != nil {
@@ -266,8 +281,11 @@ func serveBulk(c socket, warm, duration time.Duration) (Result, error) {
 
 // drive is the client's end of one cell.
 func drive(kind string, server netip.AddrPort, congestion string, warm, duration time.Duration) (Result, error) {
-	if kind == CRR {
+	switch kind {
+	case CRR:
 		return driveConnects(server, congestion, warm, duration)
+	case Flood:
+		return driveFlood(server, warm+duration)
 	}
 	s, err := newSocket(server.Addr(), congestion)
 	if err != nil {

@@ -88,6 +88,10 @@ func obey(o order, listening *socket) (a answer, err error) {
 			s.close()
 		}
 	case "listen":
+		if o.Kind == Flood {
+			*listening, a.Port, err = listenDatagrams(o.Addr.Addr())
+			break
+		}
 		*listening, a.Port, err = listen(o.Addr.Addr(), o.Congestion)
 	case "serve":
 		a.Result, err = serve(o.Kind, *listening, o.Warm, o.Duration)
