@@ -42,11 +42,12 @@ static __always_inline __u16 csum_apply(__u16 check, __u64 diff)
 }
 
 /* nat_xdp is nat_apply for a frame: before the first write it is certain that all can be written. 0, or -1. */
-static __always_inline int nat_xdp(struct xdp_md *ctx, const struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags, bool v6)
+static __always_inline int nat_xdp(struct xdp_md *ctx, struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags, bool v6)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	void *l3 = data + ETH_HLEN, *l4 = data + (v6 ? HEADERS6 : HEADERS4);
 	__u64 addrs = 0, ports = 0;
+	__be16 *port = l4;
 	__u16 *check = NULL; /* SCTP's covers the payload, and no addresses: there ports stay */
 
 	if (l4 + L4_SHORT > end)
@@ -61,34 +62,47 @@ static __always_inline int nat_xdp(struct xdp_md *ctx, const struct pkt *p, cons
 #pragma clang loop unroll(full)
 	for (int i = 0; i < 2; i++) {
 		const struct addr *to;
-		__be16 port, *at;
-		__u32 *words;
+		__be16 to_port;
 		bool source;
 
-		if (!nat_side(p, c, k, flags, i, &source, &to, &port))
+		if (!nat_side(p, c, k, flags, i, &source, &to, &to_port))
 			continue;
-		if (v6)
-			words = (__u32 *)(source ? &((struct ipv6hdr *)l3)->saddr : &((struct ipv6hdr *)l3)->daddr);
-		else
-			words = source ? &((struct iphdr *)l3)->saddr : &((struct iphdr *)l3)->daddr;
-#pragma clang loop unroll(full)
-		for (int w = v6 ? 0 : 3; w < 4; w++, words++) {
-			csum_follow(&addrs, *words, to->w[w]);
-			*words = to->w[w];
-		}
-		if (check) {
-			at = l4;
-			if (!source) {
-				at++;
-				barrier_var(at); /* or it becomes arithmetic, which the verifier of 6.12 cannot follow */
-			}
-			csum_follow(&ports, *at, port);
-			*at = port;
+		if (source) {
+			p->src = *to;
+			p->sport = to_port;
+		} else {
+			p->dst = *to;
+			p->dport = to_port;
 		}
 	}
-	if (!v6)
-		((struct iphdr *)l3)->check = csum_apply(((struct iphdr *)l3)->check, addrs);
-	if (!check || (p->proto == IPPROTO_UDP && !*check))
+	/* Both sides, at fixed offsets: what stays adds nothing to the sums. */
+	if (v6) {
+		struct ipv6hdr *ip = l3;
+		__u32 *src = (__u32 *)&ip->saddr, *dst = (__u32 *)&ip->daddr;
+
+#pragma clang loop unroll(full)
+		for (int w = 0; w < 4; w++) {
+			csum_follow(&addrs, src[w], p->src.w[w]);
+			csum_follow(&addrs, dst[w], p->dst.w[w]);
+			src[w] = p->src.w[w];
+			dst[w] = p->dst.w[w];
+		}
+	} else {
+		struct iphdr *ip = l3;
+
+		csum_follow(&addrs, ip->saddr, p->src.w[3]);
+		csum_follow(&addrs, ip->daddr, p->dst.w[3]);
+		ip->saddr = p->src.w[3];
+		ip->daddr = p->dst.w[3];
+		ip->check = csum_apply(ip->check, addrs);
+	}
+	if (!check)
+		return 0;
+	csum_follow(&ports, port[0], p->sport);
+	csum_follow(&ports, port[1], p->dport);
+	port[0] = p->sport;
+	port[1] = p->dport;
+	if (p->proto == IPPROTO_UDP && !*check)
 		return 0; /* the sender left it out */
 	*check = csum_apply(*check, addrs + ports);
 	if (p->proto == IPPROTO_UDP && !*check)
@@ -98,7 +112,7 @@ static __always_inline int nat_xdp(struct xdp_md *ctx, const struct pkt *p, cons
 
 /* follow sends a packet on as its connection's record says, if that leads to another machine and the
  * device there takes frames. XDP_TX, XDP_REDIRECT, or XDP_PASS with the frame as it was. */
-static __always_inline int follow(struct xdp_md *ctx, const struct pkt *p, bool v6)
+static __always_inline int follow(struct xdp_md *ctx, struct pkt *p, bool v6)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	__u32 len = end - data, in = ctx->ingress_ifindex, out;

@@ -219,6 +219,9 @@ const (
 	VerdictRedirect = 7
 )
 
+// xdpDrop is the action of an XDP program that drops.
+const xdpDrop = 1
+
 // skbuff is struct __sk_buff of the UAPI, the program's context.
 type skbuff struct {
 	Len, PktType, Mark, QueueMapping, Protocol, VLANPresent, VLANTCI, VLANProto uint32
@@ -255,6 +258,19 @@ func (r *DryRun) Run(in DryPacket) (*DryOutcome, error) {
 		return nil, err
 	}
 	defer done()
+	if in.Program == xdpHooks[0].program {
+		// Each packet is worth an event, so the program passes what it does not drop. Where it came from is nothing to it.
+		opts := ebpf.RunOptions{Data: in.Frame, DataOut: make([]byte, len(in.Frame)+256)}
+		action, err := prog.Run(&opts)
+		if err != nil {
+			return nil, fmt.Errorf("dry run of %s: %w", in.Program, err)
+		}
+		out.Frame = opts.DataOut
+		if action == xdpDrop {
+			out.Verdict = VerdictDrop
+		}
+		return out, r.collect(in.Program, key, fromHi, out)
+	}
 	var after skbuff
 	opts := ebpf.RunOptions{Data: in.Frame, DataOut: make([]byte, len(in.Frame)+256), Context: skbuff{Ifindex: uint32(in.Ifindex), Mark: in.Mark}, ContextOut: &after}
 	verdict, err := prog.Run(&opts)

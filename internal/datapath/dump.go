@@ -164,7 +164,7 @@ func (d *Datapath) dumpConnections() ([]string, [][]string, error) {
 
 var hookNames = [bpf.Hooks]string{
 	bpf.HookPod: "from-container", bpf.HookNetdev: "from-netdev", bpf.HookHost: "from-host", bpf.HookNetdevOut: "to-netdev", bpf.HookSock: "sock", bpf.HookOverlay: "from-overlay",
-	bpf.HookLocal: "sockmap",
+	bpf.HookLocal: "sockmap", bpf.HookXDP: "xdp",
 }
 
 var slowNames = [bpf.CountRows]string{

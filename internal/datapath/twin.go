@@ -123,6 +123,13 @@ func (d *Datapath) attachedIDs(program string, ifindex int) (ids []ebpf.ProgramI
 		if h.program != program {
 			continue
 		}
+		if h.attach == ebpf.AttachXDP {
+			dev, err := netlink.LinkByIndex(ifindex)
+			if err == nil && dev.Attrs().Xdp != nil {
+				ids = append(ids, ebpf.ProgramID(dev.Attrs().Xdp.ProgId))
+			}
+			return ids, err
+		}
 		if d.features.TCX {
 			res, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: h.attach})
 			if err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/datapath/netdev"
 )
 
 // xdpObject may fail to load: without it packets take the way through tc.
@@ -44,7 +46,7 @@ func (d *Datapath) attachXDP(ifindex int, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := takesBack(dev); err != nil {
+	if err := errors.Join(takesBack(dev), showsTags(dev)); err != nil {
 		return err
 	}
 	if err := d.linkXDP(dev, name); err != nil {
@@ -178,6 +180,25 @@ func takesBack(dev netlink.Link) error {
 		return errors.New("it is a veth device whose peer takes no frames: that needs an XDP program (which may pass everything) and GRO off, and who sends to it transmit checksums off")
 	}
 	return nil
+}
+
+// showsTags tells why the program would take packets of another network for its own: it reads tags in frames only.
+func showsTags(dev netlink.Link) error {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("devices: %w", err)
+	}
+	i := slices.IndexFunc(links, func(l netlink.Link) bool { return l.Type() == "vlan" && l.Attrs().ParentIndex == dev.Attrs().Index })
+	if i < 0 {
+		return nil
+	}
+	const stripsTags = 1 << 8 // ETH_FLAG_RXVLAN of the UAPI
+	if flags, err := netdev.Ethtool(dev.Attrs().Name, unix.ETHTOOL_GFLAGS, 0); err != nil {
+		return fmt.Errorf("whether it strips VLAN tags: %w", err)
+	} else if flags&stripsTags == 0 {
+		return nil
+	}
+	return fmt.Errorf("it has VLAN devices (%s) and strips tags before XDP sees a frame: switch that off ('ethtool -K %s rxvlan off')", links[i].Attrs().Name, dev.Attrs().Name)
 }
 
 // Of enum netdev_xdp_act of the UAPI: the device takes frames that a program on another device redirects to it.

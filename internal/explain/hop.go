@@ -212,7 +212,30 @@ func (w *walk) fromNetwork(req agent.ExplainHop) error {
 	if _, ok := devices[at]; !ok {
 		return fmt.Errorf("node %s has no device towards the network that Lash manages: see devices in 'lash status --verbose'", w.node)
 	}
+	if filtered, err := w.prefilter(at, frame); filtered || err != nil {
+		return err
+	}
 	return w.program(datapath.DryPacket{Program: "from_netdev", Ifindex: at, Frame: frame})
+}
+
+// prefilter tells whether the device drops the packet before the kernel sees it. Of all that XDP may do that is the only
+// thing which from_netdev would not.
+func (w *walk) prefilter(at int, frame []byte) (filtered bool, err error) {
+	p, err := parse(frame)
+	if err != nil {
+		return false, err
+	}
+	in := datapath.DryPacket{Program: "xdp_entry", Ifindex: at, Frame: frame, Src: p.src, Dst: p.dst, Proto: p.proto}
+	out, err := w.run.Run(in)
+	switch {
+	case errors.Is(err, datapath.ErrNotAttached):
+		return false, nil
+	case err != nil:
+		return false, err
+	case out.Verdict != datapath.VerdictDrop:
+		return false, nil
+	}
+	return true, w.program(in)
 }
 
 func (w *walk) fromTunnel(req agent.ExplainHop) error {
@@ -443,4 +466,5 @@ var remedies = map[uint8]string{
 	bpf.DropNoFragment:      "fragments came without or before their first; a smaller MTU or path MTU discovery avoids them",
 	bpf.DropFIB:             "the kernel could not look up a route: its log (dmesg) may say why",
 	bpf.DropVLAN:            "pods send untagged frames",
+	bpf.DropDenylist:        "the source is in the node's prefilter: 'lash prefilter list' shows it, 'lash prefilter delete' takes it out",
 }

@@ -16,9 +16,11 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/lash-net/lash/bpf"
+	"github.com/lash-net/lash/internal/datapath"
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/model"
 	"github.com/lash-net/lash/internal/testutil"
@@ -27,6 +29,9 @@ import (
 // forXDP makes the nodes' cables such that XDP can send on them.
 func (c *cluster) forXDP(t *testing.T) {
 	t.Helper()
+	if _, err := netlink.GenlFamilyGet("netdev"); err != nil {
+		t.Skipf("this kernel does not tell whether the peer of a veth device takes frames (6.3): %v", err)
+	}
 	for _, nd := range c.nodes {
 		wire(t, c.sw, fmt.Sprintf("n%d", nd.n))
 		summed(t, nd.ns)
@@ -295,6 +300,28 @@ func TestXDPFallsBackWithItsReason(t *testing.T) {
 	if out := testutil.In(t, n.ns, "ip", "-d", "link", "show", "va"); !strings.Contains(out, "of_others") {
 		t.Errorf("the program of others is gone: %s", out)
 	}
+	// A device that hides which network a frame is of, until it does not.
+	if out, err := try(n.ns, "ip", "link", "add", "link", "eth0", "name", "eth0.5", "type", "vlan", "id", "5"); err != nil {
+		t.Skipf("this kernel has no VLAN devices: %s", out)
+	}
+	eth0 := func() error {
+		dev, _, err := linkOf("eth0")
+		if err != nil {
+			return err
+		}
+		return n.dp.AttachXDP(dev, "eth0")
+	}
+	n.do(t, "eth0 with a VLAN device", func() error {
+		if err := eth0(); err == nil || !strings.Contains(err.Error(), "ethtool -K eth0 rxvlan off") {
+			t.Errorf("a device that strips tags: %v", err)
+		}
+		return nil
+	})
+	if out := testutil.In(t, n.ns, "ip", "link", "show", "eth0"); strings.Contains(out, "xdp") {
+		t.Errorf("the program is still on a device that hides tags: %s", out)
+	}
+	testutil.In(t, n.ns, "ip", "link", "del", "eth0.5")
+	n.do(t, "eth0 again", eth0)
 }
 
 // What XDP passes to the kernel goes to the CPU of its connection, wherever it arrived.
@@ -379,6 +406,25 @@ func TestXDPPrefilterOutlivesTheAgent(t *testing.T) {
 	}
 	if dropped < 2 {
 		t.Errorf("%d drops are counted, want both families'", dropped)
+	}
+	for source, want := range map[string]int32{"172.18.0.200": datapath.VerdictDrop, "172.18.0.100": datapath.VerdictOK} {
+		n.do(t, "dry run", func() error {
+			run, err := n.dp.DryRun(false)
+			if err != nil {
+				return err
+			}
+			defer run.Close()
+			eth0, mac, err := linkOf("eth0")
+			if err != nil {
+				return err
+			}
+			out, err := run.Run(datapath.DryPacket{Program: "xdp_entry", Ifindex: eth0, Frame: datagram(&pod{nodeMAC: mac}, netip.MustParseAddr(source), n.ip4),
+				Src: netip.AddrPortFrom(netip.MustParseAddr(source), 0), Dst: netip.AddrPortFrom(n.ip4, 0), Proto: unix.IPPROTO_UDP})
+			if err == nil && (out.Verdict != want || (len(out.Events) > 0) != (want == datapath.VerdictDrop)) {
+				t.Errorf("a packet from %s, tried: verdict %d with %d events, want %d", source, out.Verdict, len(out.Events), want)
+			}
+			return err
+		})
 	}
 	n.do(t, "end of the agent", n.dp.Close)
 	pings(false)
