@@ -91,7 +91,7 @@ KERNELS        ?= 6.1,6.12
 KERNEL_TESTS   ?= ./test/vm/features ./test/packet ./test/netns ./internal/datapath/...
 test-kernels: bpf ## the namespace tests on Debian's 6.1 and 6.12 kernels, in qemu
 	$(SAY) 'kernels: $(KERNELS)'
-	CGO_ENABLED=0 go run ./test/vm -kernel $(KERNELS) -timeout 20m $(addprefix -pkg ,$(KERNEL_TESTS))
+	CGO_ENABLED=0 go run ./test/vm -kernel $(KERNELS) -timeout 60m $(addprefix -pkg ,$(KERNEL_TESTS))
 
 bench: bpf ## Lash against the bare namespaces, in one run, with gates; BENCH="-rounds 20" adds flags
 	go run ./test/bench $(BENCH)

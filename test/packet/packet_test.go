@@ -183,6 +183,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 	in := s.at(raw)
 	in.gso, in.summed = s.gso, p.sums && read(raw) != nil && in.program != "xdp_entry"
 	in.mark, in.serving = 0x80000001, p.serving
+	unhurried(t, p)
 	out, err := p.run(in)
 	if err != nil {
 		t.Fatalf("%v\nin %x", err, in.frame)
