@@ -46,6 +46,15 @@ type sharer struct {
 	examples          sync.Map
 }
 
+// saidBy tells which port of which namespace every word was sent from: a socket may get what is left of one before it
+// with the same port, as without any translation.
+var saidBy sync.Map
+
+type speaker struct {
+	ns   *os.File
+	port int
+}
+
 // notOurs: an answer that somebody else's packet got, or a refusal where somebody listens.
 type notOurs string
 
@@ -188,9 +197,11 @@ func (s *sharer) datagrams(to netip.AddrPort, port int) error {
 	var sent []uint64
 	got := 0
 	buf := make([]byte, 256)
+	me := speaker{s.ns, c.LocalAddr().(*net.UDPAddr).Port}
 	for range 1 + rand.IntN(3) {
 		word := rand.Uint64()
 		sent = append(sent, word)
+		saidBy.Store(word, me)
 		if _, err := c.WriteToUDPAddrPort(binary.BigEndian.AppendUint64(nil, word), to); err != nil {
 			return err
 		}
@@ -199,7 +210,11 @@ func (s *sharer) datagrams(to netip.AddrPort, port int) error {
 		if err != nil {
 			continue
 		}
-		if n != 8 || !slices.Contains(sent, binary.BigEndian.Uint64(buf)) || from.Port() != to.Port() || from.Addr().Unmap() != to.Addr() {
+		heard := binary.BigEndian.Uint64(buf)
+		if by, ok := saidBy.Load(heard); n == 8 && ok && by == me && !slices.Contains(sent, heard) {
+			continue
+		}
+		if n != 8 || !slices.Contains(sent, heard) || from.Port() != to.Port() || from.Addr().Unmap() != to.Addr() {
 			return notOurs(fmt.Sprintf("%v asked %v and got %x from %v", c.LocalAddr(), to, buf[:n], from))
 		}
 		got++
@@ -272,7 +287,7 @@ func echoAt(t *testing.T, ns *os.File, at netip.AddrPort) {
 				}
 				go func() {
 					defer c.Close()
-					c.SetDeadline(time.Now().Add(5 * time.Second))
+					c.SetDeadline(time.Now().Add(time.Minute))
 					io.Copy(c, c)
 				}()
 			}
