@@ -242,7 +242,7 @@ func (nd *node) open(c *cluster, o options) error {
 	var anyLifetime time.Duration
 	if o.shared {
 		middle := (sharedFirst + sharedLast) / 2
-		snatMin, snatMax, snatFarMin, snatFarMax, anyLifetime = sharedFirst, uint16(middle), uint16(middle+1), sharedLast, 5*time.Second
+		snatMin, snatMax, snatFarMin, snatFarMax, anyLifetime = sharedFirst, uint16(middle), uint16(middle+1), sharedLast, sharedLifetime
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax, NodeAddrs: []netip.Addr{nd.ip4, nd.ip6},

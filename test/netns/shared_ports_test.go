@@ -31,7 +31,10 @@ var sharedFor = flag.Duration("shared-ports", 15*time.Second, "how long TestPort
 
 // The ports that masquerading, NodePorts' SNAT and the node's own sockets choose from in TestPortsAreShared: few, so that
 // they meet all the time.
-const sharedFirst, sharedLast = 20000, 20127
+const (
+	sharedFirst, sharedLast = 20000, 20127
+	sharedLifetime          = 5 * time.Second // of datagrams' connections
+)
 
 // sharer is one kind of traffic.
 type sharer struct {
@@ -46,13 +49,30 @@ type sharer struct {
 	examples          sync.Map
 }
 
-// saidBy tells which port of which namespace every word was sent from: a socket may get what is left of one before it
-// with the same port, as without any translation.
+// saidBy tells who said every word, and when. A socket may get what is left of one before it with the same port, as
+// without any translation; and an answer that comes when its connection has been forgotten may reach who has the port then.
 var saidBy sync.Map
 
 type speaker struct {
 	ns   *os.File
+	name string
 	port int
+}
+
+type speech struct {
+	by speaker
+	at time.Time
+}
+
+func late(word uint64, to speaker) (string, bool) {
+	s, ok := saidBy.Load(word)
+	if !ok {
+		return "nobody's", false
+	}
+	said := s.(speech)
+	age := time.Since(said.at)
+	return fmt.Sprintf("said by %s, port %d, %v before", said.by.name, said.by.port, age.Round(time.Millisecond)),
+		age > sharedLifetime || said.by.ns == to.ns && said.by.port == to.port
 }
 
 // notOurs: an answer that somebody else's packet got, or a refusal where somebody listens.
@@ -197,11 +217,11 @@ func (s *sharer) datagrams(to netip.AddrPort, port int) error {
 	var sent []uint64
 	got := 0
 	buf := make([]byte, 256)
-	me := speaker{s.ns, c.LocalAddr().(*net.UDPAddr).Port}
+	me := speaker{s.ns, s.name, c.LocalAddr().(*net.UDPAddr).Port}
 	for range 1 + rand.IntN(3) {
 		word := rand.Uint64()
 		sent = append(sent, word)
-		saidBy.Store(word, me)
+		saidBy.Store(word, speech{me, time.Now()})
 		if _, err := c.WriteToUDPAddrPort(binary.BigEndian.AppendUint64(nil, word), to); err != nil {
 			return err
 		}
@@ -211,11 +231,12 @@ func (s *sharer) datagrams(to netip.AddrPort, port int) error {
 			continue
 		}
 		heard := binary.BigEndian.Uint64(buf)
-		if by, ok := saidBy.Load(heard); n == 8 && ok && by == me && !slices.Contains(sent, heard) {
+		whose, old := late(heard, me)
+		if n == 8 && old && !slices.Contains(sent, heard) {
 			continue
 		}
 		if n != 8 || !slices.Contains(sent, heard) || from.Port() != to.Port() || from.Addr().Unmap() != to.Addr() {
-			return notOurs(fmt.Sprintf("%v asked %v and got %x from %v", c.LocalAddr(), to, buf[:n], from))
+			return notOurs(fmt.Sprintf("%v asked %v and got %x from %v, %s", c.LocalAddr(), to, buf[:n], from, whose))
 		}
 		got++
 	}
