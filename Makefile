@@ -14,7 +14,7 @@ BPF_DEPS  := $(wildcard bpf/*.h bpf/lib/*.h bpf/include/*.h)
 GO_BUILD  := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X github.com/lash-net/lash/internal/version.Version=$(VERSION)"
 SAY       := @printf '\n==> %s\n'
 
-.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz netns e2e test conformance demo demo-down test-kernels bench bench-control bench-services bench-identities clean
+.PHONY: help deps bpf bpf-objects build image lint unit check packet fuzz shared-ports netns e2e test conformance demo demo-down test-kernels bench bench-control bench-services bench-identities clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,6 +63,10 @@ fuzz: bpf ## the fuzzers of the C packet parsers, each for FUZZTIME (1m), as roo
 		printf '\n==> fuzz: %s, %s\n' $$f $(FUZZTIME); \
 		go test ./test/packet -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) || exit 1; \
 	done
+
+SHAREDTIME ?= 10m
+shared-ports: bpf ## pods, NodePorts and the node's sockets on the same source ports at random for SHAREDTIME (10m), as root
+	go test -count=1 -timeout 0 ./test/netns -run '^TestPortsAreShared$$' -v -shared-ports $(SHAREDTIME)
 
 netns: bpf
 	$(SAY) 'netns: the datapath with real traffic in network namespaces'

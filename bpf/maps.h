@@ -232,6 +232,7 @@ enum conn_state {
 	STATE_FIN_ORIG   = 2,
 	STATE_FIN_REPLY  = 4,
 	STATE_CLOSED     = 8,    /* RST */
+	STATE_RST_REPLY  = 16,   /* the responder's */
 	STATE_FIN_BOTH   = STATE_FIN_ORIG | STATE_FIN_REPLY,
 };
 

@@ -436,6 +436,7 @@ const (
 	StateFINOrig  = 2
 	StateFINReply = 4
 	StateClosed   = 8
+	StateRstReply = 16
 	StateFINBoth  = 6
 )
 

@@ -125,11 +125,15 @@ static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const s
 {
 	if (!(c->state & STATE_REPLIED) && (!orig || ((c->flags & CONN_DSR) && (p->tcp & TCP_ACK))))
 		c->state |= STATE_REPLIED;
+	/* Who goes on a second after its RST has not meant this connection, but one before with the same ports. */
+	if (unlikely(c->state & STATE_CLOSED) && !(p->tcp & TCP_RST) && orig == !(c->state & STATE_RST_REPLY) &&
+	    past(now + cfg_ct_close_ticks, c->expires + cfg_hz))
+		c->state &= ~(STATE_CLOSED | STATE_RST_REPLY);
 	if (unlikely(p->tcp & (TCP_FIN | TCP_RST))) {
-		if (p->tcp & TCP_RST)
-			c->state |= STATE_CLOSED;
-		else
+		if (!(p->tcp & TCP_RST))
 			c->state |= orig ? STATE_FIN_ORIG : STATE_FIN_REPLY;
+		else if (!(c->state & STATE_CLOSED))
+			c->state |= orig ? STATE_CLOSED : STATE_CLOSED | STATE_RST_REPLY;
 	}
 	c->expires = now + conn_lifetime(c, p->proto);
 	d->packets++;

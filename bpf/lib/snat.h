@@ -98,8 +98,14 @@ static __always_inline bool snat_claimed(__u32 port)
 	return when && *when;
 }
 
-/* nat_free takes a translated tuple from a connection that needs it no more. patient: one that
- * is closed may still have packets under way. */
+/* nat_needed: the connection still needs its translated tuple. patient: also after it was closed, until it
+ * expires; otherwise as long as packets may be under way. */
+static __always_inline bool nat_needed(const struct conn *c, __u32 now, bool patient)
+{
+	return c && !past(now, c->expires) && (patient || !conn_closed(c) || past(c->expires + cfg_hz, now + cfg_ct_close_ticks));
+}
+
+/* nat_free takes a translated tuple from a connection that needs it no more. */
 static __noinline bool nat_free(struct scratch *scratch, bool patient)
 {
 	struct conn_key *owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
@@ -110,13 +116,13 @@ static __noinline bool nat_free(struct scratch *scratch, bool patient)
 	if (!owner)
 		return true;
 	c = bpf_map_lookup_elem(&lash_conn, owner);
-	if (c && !past(now, c->expires) && (patient || !conn_closed(c)))
+	if (nat_needed(c, now, patient))
 		return false;
 	if (!nat_lock(scratch))
 		return false;
 	owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
 	c = owner ? bpf_map_lookup_elem(&lash_conn, owner) : NULL;
-	is_free = !c || past(now, c->expires) || (!patient && conn_closed(c));
+	is_free = !nat_needed(c, now, patient);
 	if (owner && is_free) {
 		if (c) { /* what it may still send gets another */
 			c->flags &= ~(CONN_NAT | CONN_CLAIMED);
@@ -278,7 +284,7 @@ static __always_inline bool nat_taken(const struct conn_key *k)
 	if (!owner || conn_key_equal(owner, k))
 		return false;
 	c = bpf_map_lookup_elem(&lash_conn, owner);
-	return c && !past(ticks(), c->expires);
+	return nat_needed(c, ticks(), true);
 }
 
 /* apart keeps a connection of the node itself off the tuple of a translated one: it is translated to
@@ -299,12 +305,12 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 	scratch->key.kind = KEY_NODE;
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	if (!c || past(now, c->expires) || (tcp_opens(p) && conn_closed(c))) {
-		if (!owner)
+		other = owner ? bpf_map_lookup_elem(&lash_conn, owner) : NULL;
+		if (!nat_needed(other, now, true)) {
+			if (c) /* the tuple is the node's own from here on, for all packets */
+				bpf_map_delete_elem(&lash_conn, &scratch->key);
 			return VERDICT_OK;
-		other = bpf_map_lookup_elem(&lash_conn, owner);
-		if (!other || past(now, other->expires) || !(other->flags & CONN_NAT) || other->nat_port != p->sport ||
-		    !addr_equal(&other->nat_addr, &p->src))
-			return VERDICT_OK;
+		}
 		err = conn_open(p, from_hi);
 		if (err)
 			return err;

@@ -132,6 +132,13 @@ func TestAgentFallsBackToLegacyAndSaysWhy(t *testing.T) {
 			if status.Routing != want {
 				t.Errorf("status says %+v, want %+v", status.Routing, want)
 			}
+			mode := map[bool]string{true: "BPF", false: "IPTables"}[!slices.Contains(tc.flags, "--enable-bpf-masquerade=false")]
+			if slices.Contains(tc.flags, "--enable-ipv4-masquerade=false") {
+				mode = "Disabled"
+			}
+			if status.Masquerading.Mode != mode {
+				t.Errorf("masquerading is %+v, want %s", status.Masquerading, mode)
+			}
 			unmet := 0
 			for _, r := range status.Why {
 				if !r.Met {

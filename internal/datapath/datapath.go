@@ -3,6 +3,7 @@
 package datapath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -44,6 +45,8 @@ type Config struct {
 	SNATMax     uint16
 	SNATFarMin  uint16 // those used too when there is none left of the others
 	SNATFarMax  uint16 // 0: there are none
+
+	AnyLifetime time.Duration // of connections without packets that are not TCP, whole seconds; 0: a minute
 
 	ConnMax    uint32 // rows of lash_conn
 	ServiceMax uint32 // rows of lash_services; four times as many backends
@@ -193,7 +196,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		CTTCPTicks:     ticks(lifetimeTCP),
 		CTSYNTicks:     ticks(lifetimeSYN),
 		CTCloseTicks:   ticks(lifetimeClose),
-		CTAnyTicks:     ticks(lifetimeAny),
+		CTAnyTicks:     ticks(cmp.Or(d.cfg.AnyLifetime, lifetimeAny)),
 		HostIfindex:    uint32(d.cfg.HostIfindex),
 		DirectIfindex:  uint32(d.cfg.DirectIfindex),
 		OverlayIfindex: uint32(d.cfg.OverlayIfindex),

@@ -101,6 +101,7 @@ func (d *Datapath) sweepTranslations(now uint32, cutShort func(error) error) (re
 		}
 		for _, port := range claimed(owner, c) {
 			used[port] = true
+			atomic.CompareAndSwapUint32(d.snat.at(port), 0, now|1) // programs of an earlier version mark none
 		}
 	})
 	if err := cutShort(listed); err != nil {

@@ -4,7 +4,10 @@ package datapath
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -124,4 +127,89 @@ func TestSweepRemovesWhatLeftTheIPCache(t *testing.T) {
 	if s, err := d.Sweep(ctx); err != nil || s.Orphaned != 0 || s.Sockets != 0 {
 		t.Errorf("nothing is gone any more: %+v %v", s, err)
 	}
+}
+
+// The sweep takes away marks of ports that nobody has, rows that lead to nobody, and locks that were left behind; it adds
+// marks that are missing, and touches nothing that was made a moment ago.
+func TestSweepOfTranslations(t *testing.T) {
+	d := withMaps(t, Config{})
+	now, err := d.now()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hz, err := ticksPerSecond()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := func(s string) bpf.Addr { return bpf.AddrFrom(netip.MustParseAddr(s)) }
+	key := func(from string, port uint16) bpf.ConnKey {
+		k, _ := bpf.ConnKeyOf(netip.AddrPortFrom(netip.MustParseAddr(from), port), netip.MustParseAddrPort("192.0.2.7:53"), 17)
+		return k
+	}
+	conn := func(sport, port uint16, created uint32, translated bool) {
+		k, fromHi := bpf.ConnKeyOf(netip.AddrPortFrom(netip.MustParseAddr("10.0.1.10"), sport), netip.MustParseAddrPort("192.0.2.7:53"), 17)
+		c := bpf.Conn{Created: created, Expires: now + 1000*hz}
+		if fromHi {
+			c.Flags = bpf.ConnInitiatorHi
+		}
+		if translated {
+			c.Flags |= bpf.ConnNAT
+			c.NATAddr, c.NATPort = addr("172.18.0.11"), bpf.ToBE16(port)
+		}
+		if err := d.maps["lash_conn"].Put(&k, &c); err != nil {
+			t.Fatal(err)
+		}
+		translatedTo := key("172.18.0.11", port)
+		if err := d.maps["lash_nat"].Put(&translatedTo, &k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mark := func(port uint16, when uint32) { *d.snat.at(port) = when }
+	old := now - 100*hz
+	conn(1, 2001, old, true) // lives, and lacks its mark
+	conn(2, 2002, old, true) // lives
+	mark(2002, old)
+	conn(3, 2003, old, false) // was translated once, to a row that is still there
+	mark(2003, old)
+	conn(4, 2004, now, false) // is being translated
+	mark(2004, now|1)
+	mark(2005, old) // nobody has it
+	mark(2006, now|1)
+	gone, nobody := key("172.18.0.11", 2007), key("10.0.1.10", 7)
+	lock := key("172.18.0.11", 2002)
+	lock.Kind = bpf.KeyLock
+	for k, v := range map[bpf.ConnKey]bpf.ConnKey{gone: nobody, lock: lock} {
+		if err := d.maps["lash_nat"].Put(&k, &v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(removed int, rows, marked string) {
+		t.Helper()
+		s, err := d.Sweep(context.Background())
+		if err != nil || s.Translations != removed {
+			t.Errorf("%d translations removed, want %d; %v", s.Translations, removed, err)
+		}
+		var gotRows, gotMarks []string
+		list(d.maps["lash_nat"], "lash_nat", func(k, _ bpf.ConnKey) {
+			port := k.LoPort.Host()
+			if port == 53 {
+				port = k.HiPort.Host()
+			}
+			gotRows = append(gotRows, fmt.Sprintf("%d/%d", port, k.Kind))
+		})
+		for port := range uint16(3000) {
+			if d.snat.when(port) != 0 {
+				gotMarks = append(gotMarks, fmt.Sprint(port))
+			}
+		}
+		slices.Sort(gotRows)
+		if got := strings.Join(gotRows, " "); got != rows {
+			t.Errorf("rows %s, want %s", got, rows)
+		}
+		if got := strings.Join(gotMarks, " "); got != marked {
+			t.Errorf("marks of %s, want %s", got, marked)
+		}
+	}
+	check(2, "2001/0 2002/0 2002/2 2004/0", "2001 2002 2004 2006")
+	check(0, "2001/0 2002/0 2004/0", "2001 2002 2004 2006") // the lock was there twice
 }

@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -102,7 +103,7 @@ type options struct {
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
 	netfilter     bool   // not BPF masquerades
-	far           bool   // masquerading uses the ports from 32768 on, too
+	shared        bool   // masquerading uses sharedPorts, and connections are forgotten soon
 	connMax       uint32 // rows of lash_conn; 0: 65536
 	dropNoBackend bool   // services without backends drop instead of refusing
 }
@@ -238,8 +239,10 @@ func (nd *node) open(c *cluster, o options) error {
 		snatMin, snatMax = 30000, 30003
 	}
 	var snatFarMin, snatFarMax uint16
-	if o.far {
-		snatFarMin, snatFarMax = 32768, 65535
+	var anyLifetime time.Duration
+	if o.shared {
+		middle := (sharedFirst + sharedLast) / 2
+		snatMin, snatMax, snatFarMin, snatFarMax, anyLifetime = sharedFirst, uint16(middle), uint16(middle+1), sharedLast, sharedLifetime
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax, NodeAddrs: []netip.Addr{nd.ip4, nd.ip6},
@@ -247,7 +250,7 @@ func (nd *node) open(c *cluster, o options) error {
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
-		HostRouting: !o.legacy, Masquerade4: !o.netfilter, Masquerade6: !o.netfilter, SNATFarMin: snatFarMin, SNATFarMax: snatFarMax, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024,
+		HostRouting: !o.legacy, Masquerade4: !o.netfilter, Masquerade6: !o.netfilter, SNATFarMin: snatFarMin, SNATFarMax: snatFarMax, AnyLifetime: anyLifetime, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024,
 		NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/lash-net/lash/bpf"
 )
@@ -316,6 +317,50 @@ func TestExceptionsFromMasqueradingAreForNewConnections(t *testing.T) {
 			if h := read(out); h.src != f.node {
 				t.Errorf("the other node sees %s", h.src)
 			}
+		})
+	}
+}
+
+// ticksASecond is the kernel's, as the coarse clock has it.
+func (p *programs) ticksASecond(t *testing.T) uint32 {
+	t.Helper()
+	var res unix.Timespec
+	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &res); err != nil {
+		t.Fatal(err)
+	}
+	return uint32(1e9 / res.Nano())
+}
+
+// A port of a connection that is closed goes to another one when there is none left, but not while packets of the first
+// may be under way, and what it sends afterwards does not get that port.
+func TestPortsOfClosedConnectionsAreTakenOver(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "one port")
+			p.forget(t)
+			tcp := func(sport uint16, flags string) input {
+				return fromA(frame(packet{src: f.a, dst: f.outside, l4: "tcp", sport: sport, dport: 80, flags: flags}))
+			}
+			p.must(t, tcp(1, "S"), egress(bpf.SlowNew))
+			p.must(t, tcp(2, "S"), dropped(bpf.DropNATExhausted))
+			p.must(t, tcp(1, "R"), egress(bpf.SlowNot))
+			again := func() { p.clear(t, "lash_snat_full") } // the next search is a long one
+			again()
+			p.must(t, tcp(2, "S"), dropped(bpf.DropNATExhausted))
+			p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) {
+				if c.Flags&bpf.ConnNAT != 0 {
+					c.Expires -= 2 * p.ticksASecond(t)
+				}
+			})
+			again()
+			out := p.must(t, tcp(2, "S"), egress(bpf.SlowUndecided))
+			if h := read(out); h.sport != 30000 {
+				t.Errorf("left by port %d", h.sport)
+			}
+			p.must(t, tcp(1, "A"), dropped(bpf.DropNATExhausted))
+			p.must(t, netdev(answer(out)), peer(ifA, bpf.SlowNot))
+			p.must(t, tcp(2, "A"), egress(bpf.SlowNot))
 		})
 	}
 }

@@ -33,6 +33,17 @@ func expire(t *testing.T, p *programs) {
 	p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) { c.Expires = c.Created - 1 })
 }
 
+// closed wants every record to be closed by RST, or none.
+func closed(yes bool) func(*testing.T, *programs) {
+	return func(t *testing.T, p *programs) {
+		for k, c := range p.conns(t) {
+			if (c.State&bpf.StateClosed != 0) != yes {
+				t.Errorf("%v: state %#x", k, c.State)
+			}
+		}
+	}
+}
+
 func raise(t *testing.T, p *programs) {
 	if err := p.dp.Raise("test"); err != nil {
 		t.Fatal(err)
@@ -166,6 +177,38 @@ func TestForwarding(t *testing.T) {
 				{at: fromA, pkt: tcp("A"), want: peer(ifB, bpf.SlowNot)},
 				{at: fromA, pkt: tcp("S"), want: peer(ifB, bpf.SlowReopened)},
 				{at: fromA, pkt: tcp("S"), want: peer(ifB, bpf.SlowNot)},
+			}
+		}},
+		{name: "connection that goes on after an RST that was another's", steps: func(f family) []step {
+			a := func(flags string) packet {
+				return packet{src: f.a, dst: f.b, l4: "tcp", sport: 1000, dport: 80, flags: flags}
+			}
+			b := func(flags string) packet {
+				return packet{src: f.b, dst: f.a, l4: "tcp", sport: 80, dport: 1000, flags: flags}
+			}
+			pause := func(t *testing.T, p *programs) {
+				second := p.ticksASecond(t)
+				p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) { c.Expires -= 2 * second })
+			}
+			return []step{
+				{at: fromA, pkt: a("S"), want: peer(ifB, bpf.SlowNew)},
+				{at: fromB, pkt: b("SA"), want: peer(ifA, bpf.SlowNot)},
+				{at: fromB, pkt: b("R"), want: peer(ifA, bpf.SlowNot)},
+				{do: pause},
+				{at: fromA, pkt: a("A"), want: peer(ifB, bpf.SlowNot)}, // it may not know yet
+				{do: closed(true)},
+				{at: fromB, pkt: b("A"), want: peer(ifA, bpf.SlowNot)}, // sent before
+				{do: closed(true)},
+				{do: pause},
+				{at: fromB, pkt: b("A"), want: peer(ifA, bpf.SlowNot)},
+				{do: closed(false)},
+				{at: fromA, pkt: a("R"), want: peer(ifB, bpf.SlowNot)},
+				{do: pause},
+				{at: fromB, pkt: b("A"), want: peer(ifA, bpf.SlowNot)},
+				{do: closed(true)},
+				{do: pause},
+				{at: fromA, pkt: a("A"), want: peer(ifB, bpf.SlowNot)},
+				{do: closed(false)},
 			}
 		}},
 		{name: "connection closed by both sides and opened by the other", steps: func(f family) []step {
