@@ -2,14 +2,15 @@
 
 // Command toolbox is the sandbox's test server and probe: one static binary of the standard library.
 //
-//	toolbox serve [-http :8080] [-udp :8081] [-tcp :8082]   answer until killed
+//	toolbox serve [-http :8080] [-udp :8081] [-tcp :8082] [-drain 0]   answer until killed; with -drain, that long after SIGTERM
 //	toolbox pause                                           do nothing until killed
-//	toolbox probe [-interval 1ms] [-for 10s] [-size 0] NETWORK ADDR   send numbered messages until the time is over or SIGTERM, report what is lost
+//	toolbox probe [-interval 1ms] [-for 10s] [-size 0] [-who] [-unconnected] NETWORK ADDR   send numbered messages until the time is over or SIGTERM, report what is lost
+//	toolbox load [-rate 2000] [-for 10s] [-new 25] URL...   send HTTP requests at that rate, report what fails
 //	toolbox ask NETWORK ADDR MESSAGE                        print what one message is answered with
 //
 // NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6; of a probe also icmp4 or icmp6, ADDR being without a port. HTTP: /hostname, /clientip (ADDR:PORT as seen),
 // /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
-// "hostname" and "clientip" are answered with just that, over TCP "resent" with how many segments the server sent
+// "hostname" and "clientip" are answered with just that, "who N" with N and the name, over TCP "resent" with how many segments the server sent
 // again and how many of them needlessly, everything else is echoed.
 package main
 
@@ -29,6 +30,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -49,10 +51,12 @@ func main() {
 		<-ctx.Done()
 	case "probe":
 		err = probe(ctx, args)
+	case "load":
+		err = load(ctx, args)
 	case "ask":
 		err = ask(ctx, args)
 	default:
-		err = errors.New("usage: toolbox serve|pause|probe|ask [FLAGS]")
+		err = errors.New("usage: toolbox serve|pause|probe|load|ask [FLAGS]")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "toolbox:", err)
@@ -65,19 +69,22 @@ func serve(ctx context.Context, args []string) error {
 	httpAddr := fs.String("http", ":8080", "HTTP `address`; empty for none")
 	udpAddr := fs.String("udp", ":8081", "UDP echo `address`; empty for none")
 	tcpAddr := fs.String("tcp", ":8082", "TCP echo `address`; empty for none")
+	drain := fs.Duration("drain", 0, "how long to go on after SIGTERM, not ready, closing each HTTP connection with its next answer; 0: end at once")
 	_ = fs.Parse(args)
 	host, err := os.Hostname()
 	if err != nil {
 		return err
 	}
 	fail := make(chan error, 3)
+	var leaving atomic.Bool
+	web := &http.Server{Handler: announce(&leaving, handler(host))}
 	if *httpAddr != "" {
 		l, err := net.Listen("tcp", *httpAddr)
 		if err != nil {
 			return err
 		}
 		fmt.Printf("serving HTTP on %s\n", l.Addr())
-		go func() { fail <- http.Serve(l, handler(host)) }()
+		go func() { fail <- web.Serve(l) }()
 	}
 	if *udpAddr != "" {
 		// one socket a family: an answer from a wildcard dual-stack socket is fine too, but
@@ -104,19 +111,42 @@ func serve(ctx context.Context, args []string) error {
 	}
 	select {
 	case <-ctx.Done():
-		return nil
 	case err := <-fail:
 		return err
 	}
+	if *drain == 0 {
+		return nil
+	}
+	leaving.Store(true)
+	select {
+	case <-time.After(*drain):
+	case err := <-fail:
+		return err
+	}
+	last, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return web.Shutdown(last) // requests that are under way are answered
+}
+
+// announce makes h say that the server is about to end, once it is: it is not ready, and each connection ends with its
+// next answer, so that no client sends a request on one that is being closed.
+func announce(leaving *atomic.Bool, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if leaving.Load() {
+			w.Header().Set("Connection", "close")
+			if r.URL.Path == "/healthz" {
+				http.Error(w, "about to end", http.StatusServiceUnavailable)
+				return
+			}
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func handler(host string) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })
-	mux.HandleFunc("/hostname", func(w http.ResponseWriter, r *http.Request) {
-		fmt.Printf("%s %s from %s\n", r.Method, r.URL.Path, r.RemoteAddr)
-		_, _ = io.WriteString(w, host)
-	})
+	mux.HandleFunc("/hostname", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, host) })
 	mux.HandleFunc("/clientip", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.RemoteAddr) })
 	mux.HandleFunc("/bytes", func(w http.ResponseWriter, r *http.Request) {
 		n, err := strconv.ParseInt(r.FormValue("n"), 10, 64)
@@ -142,6 +172,10 @@ func answer(msg, host string, from net.Addr) string {
 		return host
 	case "clientip":
 		return from.String()
+	}
+	if rest, ok := strings.CutPrefix(msg, "who "); ok {
+		number, _, _ := strings.Cut(strings.TrimSpace(rest), " ")
+		return number + " " + host + "\n"
 	}
 	return msg
 }
@@ -255,6 +289,14 @@ type Result struct {
 	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
 	MaxGapAt  time.Time  `json:"maxGapAt"`            // its end
 	Error     string     `json:"error,omitempty"`
+	// Servers are those that answered, with -who.
+	Servers map[string]Server `json:"servers,omitempty"`
+}
+
+// Server is one that answered a probe.
+type Server struct {
+	Answers     int64     `json:"answers"`
+	First, Last time.Time // answer
 }
 
 // probe sends a numbered message every interval over one socket, and counts the answers. With tcp
@@ -264,16 +306,22 @@ func probe(ctx context.Context, args []string) error {
 	interval := fs.Duration("interval", time.Millisecond, "time between messages")
 	total := fs.Duration("for", 10*time.Second, "how long to send")
 	size := fs.Int("size", 0, "bytes of a message, if more than its number has")
+	who := fs.Bool("who", false, "ask who answers")
+	unconnected := fs.Bool("unconnected", false, "UDP: name the peer with each datagram, do not connect the socket")
 	_ = fs.Parse(args)
 	if fs.NArg() != 2 {
-		return errors.New("usage: toolbox probe [-interval 1ms] [-for 10s] [-size 0] udp|tcp HOST:PORT, or icmp4|icmp6 HOST")
+		return errors.New("usage: toolbox probe [-interval 1ms] [-for 10s] [-size 0] [-who] [-unconnected] udp|tcp HOST:PORT, or icmp4|icmp6 HOST")
+	}
+	dial := dial
+	if *unconnected {
+		dial = unconnectedTo
 	}
 	c, err := dial(ctx, fs.Arg(0), fs.Arg(1))
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	r := run(ctx, c, *interval, *total, *size)
+	r := run(ctx, c, message{size: *size, who: *who}, *interval, *total)
 	out, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -296,6 +344,32 @@ func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 		return &pinger{Conn: c, request: 128, reply: 129}, err
 	}
 	return d.DialContext(ctx, network, addr)
+}
+
+// floating is an unconnected UDP socket that always sends to the same peer, and hears nobody else.
+type floating struct {
+	*net.UDPConn
+	peer *net.UDPAddr
+}
+
+func unconnectedTo(_ context.Context, network, addr string) (net.Conn, error) {
+	peer, err := net.ResolveUDPAddr(network, addr)
+	if err != nil {
+		return nil, err
+	}
+	c, err := net.ListenUDP(network, nil)
+	return &floating{c, peer}, err
+}
+
+func (f *floating) Write(b []byte) (int, error) { return f.WriteToUDP(b, f.peer) }
+
+func (f *floating) Read(b []byte) (int, error) {
+	for {
+		n, from, err := f.ReadFromUDPAddrPort(b)
+		if err != nil || from.Addr().Unmap() == f.peer.AddrPort().Addr().Unmap() && int(from.Port()) == f.peer.Port {
+			return n, err
+		}
+	}
 }
 
 // pinger sends what is written as echo requests and reads what the replies bring.
@@ -357,6 +431,25 @@ type ledger struct {
 	asked    chan struct{} // closed when the other side has said what it sent again
 
 	resent, needless int64 // by the other side
+	servers          map[string]Server
+	who              bool // answers name who sent them
+}
+
+// message is what a probe sends besides the number.
+type message struct {
+	size int  // at least; 0: just the number
+	who  bool // the server is to say its name
+}
+
+func (m message) text(number int) string {
+	s := strconv.Itoa(number)
+	if m.who {
+		s = "who " + s
+	}
+	if pad := m.size - len(s) - 2; pad > 0 {
+		s += " " + strings.Repeat("x", pad)
+	}
+	return s + "\n"
 }
 
 func (l *ledger) send() (number int) {
@@ -388,6 +481,14 @@ func (l *ledger) answer(text string) error {
 		l.answered[n] = true
 		l.received++
 	}
+	if l.who {
+		s := l.servers[rest]
+		if s.Answers++; s.First.IsZero() {
+			s.First = now
+		}
+		s.Last = now
+		l.servers[rest] = s
+	}
 	return nil
 }
 
@@ -400,7 +501,7 @@ func (l *ledger) complete() bool {
 func (l *ledger) result() Result {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd}
+	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd, Servers: l.servers}
 	r.Lost = r.Sent - r.Received
 	for i, ok := range l.answered {
 		if !ok {
@@ -411,8 +512,8 @@ func (l *ledger) result() Result {
 	return r
 }
 
-func run(ctx context.Context, c net.Conn, interval, total time.Duration, size int) Result {
-	l := &ledger{last: time.Now(), asked: make(chan struct{})}
+func run(ctx context.Context, c net.Conn, m message, interval, total time.Duration) Result {
+	l := &ledger{last: time.Now(), asked: make(chan struct{}), who: m.who, servers: map[string]Server{}}
 	readErr := make(chan error, 1)
 	go func() {
 		s := bufio.NewScanner(c)
@@ -436,11 +537,7 @@ sending:
 		case <-ctx.Done():
 			break sending
 		case <-tick.C:
-			m := strconv.Itoa(l.send())
-			if pad := size - len(m) - 2; pad > 0 {
-				m += " " + strings.Repeat("x", pad)
-			}
-			if _, err := io.WriteString(c, m+"\n"); err != nil {
+			if _, err := io.WriteString(c, m.text(l.send())); err != nil {
 				problem = err.Error()
 				break sending
 			}
@@ -488,6 +585,9 @@ func resent(c net.Conn) (total, needless int64) {
 func overflowed(c net.Conn) int64 {
 	if p, ok := c.(*pinger); ok {
 		c = p.Conn
+	}
+	if f, ok := c.(*floating); ok {
+		c = f.UDPConn
 	}
 	const soMeminfo = 55
 	var info [9 * 4]byte // SK_MEMINFO_VARS of linux/sock_diag.h; the last is SK_MEMINFO_DROPS

@@ -54,7 +54,7 @@ func TestProbeCountsWhatIsLost(t *testing.T) {
 	}
 	defer conn.Close()
 	start := time.Now()
-	r := run(context.Background(), conn, time.Millisecond, 100*time.Millisecond, 0)
+	r := run(context.Background(), conn, message{}, time.Millisecond, 100*time.Millisecond)
 	if r.Sent < 20 || r.Lost < r.Sent/10-1 || r.Lost > r.Sent/10+1 || r.Error != "" {
 		t.Errorf("got %+v", r)
 	}
@@ -75,8 +75,38 @@ func TestProbeOverTCPLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond, 4096); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
+	if r := run(context.Background(), conn, message{size: 4096}, time.Millisecond, 50*time.Millisecond); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
 		t.Errorf("got %+v", r)
+	}
+}
+
+// Whoever answers is named, also where the socket is not connected.
+func TestProbeTellsWhoAnswers(t *testing.T) {
+	c, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	go func() { // two servers behind one address
+		buf := make([]byte, 100)
+		for i := 0; ; i++ {
+			n, from, err := c.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = c.WriteTo([]byte(answer(string(buf[:n]), []string{"first", "second"}[min(i/10, 1)], from)), from)
+		}
+	}()
+	for _, dial := range []func(context.Context, string, string) (net.Conn, error){dial, unconnectedTo} {
+		conn, err := dial(context.Background(), "udp4", c.LocalAddr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		r := run(context.Background(), conn, message{who: true}, time.Millisecond, 50*time.Millisecond)
+		if r.Lost != 0 || r.Error != "" || r.Servers["second"].Answers == 0 || r.Servers["second"].Last.Before(r.Servers["first"].Last) {
+			t.Errorf("got %+v", r)
+		}
 	}
 }
 
@@ -90,7 +120,7 @@ func TestProbePings(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		if r := run(context.Background(), conn, time.Millisecond, 50*time.Millisecond, 0); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
+		if r := run(context.Background(), conn, message{}, time.Millisecond, 50*time.Millisecond); r.Sent == 0 || r.Lost != 0 || r.Error != "" {
 			t.Errorf("%s: got %+v", network, r)
 		}
 	}
