@@ -203,14 +203,20 @@ func (p *problems) podPort(field string, port corev1.ContainerPort, hostNetwork 
 	}
 }
 
+// sliceController is who manages the slices that are made of a service's selector.
+const sliceController = "endpointslice-controller.k8s.io"
+
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
 func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) {
 	var p problems
-	row := state.EndpointSlice{Namespace: s.Namespace, Name: s.Name, Service: s.Labels[discoveryv1.LabelServiceName]}
+	row := state.EndpointSlice{Namespace: s.Namespace, Name: s.Name, UID: string(s.UID), Service: s.Labels[discoveryv1.LabelServiceName], Derived: s.Labels[discoveryv1.LabelManagedBy] == sliceController}
 	switch s.AddressType {
 	case discoveryv1.AddressTypeIPv4:
 	case discoveryv1.AddressTypeIPv6:
 		row.IPv6 = true
-	default: // FQDN: nothing that a packet could be sent to
+	default:
+		p.add("addressType", "%q is none of IPv4, IPv6: nothing that a packet could be sent to", s.AddressType)
 		return row, p
 	}
 	for i, sp := range s.Ports {
@@ -229,7 +235,11 @@ func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) 
 			p.add(fmt.Sprintf("ports[%d].protocol", i), "%q is none of TCP, UDP, SCTP", proto)
 			continue
 		}
-		if port < 0 || port > 65535 {
+		if sp.Port == nil {
+			p.add(fmt.Sprintf("ports[%d].port", i), "is missing")
+			continue
+		}
+		if port < 1 || port > 65535 {
 			p.add(fmt.Sprintf("ports[%d].port", i), "%d is no port from 1 to 65535", port)
 			continue
 		}
@@ -247,6 +257,10 @@ func convertSlice(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) 
 		}
 		if a.Is6() != row.IPv6 {
 			p.add(fmt.Sprintf("endpoints[%d].addresses[0]", i), "%s is not of addressType %s", a, s.AddressType)
+			continue
+		}
+		if a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a == broadcast {
+			p.add(fmt.Sprintf("endpoints[%d].addresses[0]", i), "%s is no address of a pod or a machine", a)
 			continue
 		}
 		ready := e.Conditions.Ready == nil || *e.Conditions.Ready

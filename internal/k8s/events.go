@@ -75,7 +75,8 @@ func (e events) Put(ctx context.Context, p Problem, _ struct{}) error {
 	return api.Patch(types.MergePatchType).Namespace(p.Namespace).Resource("events").Name(name).Body(patch).Do(ctx).Error()
 }
 
-// ServiceValidators prepares reflectors that read services, and of slices only what is wrong with them.
+// ServiceValidators prepares reflectors that read services, and of slices their ports and what is wrong with them, also
+// those of no service.
 func ServiceValidators(c *Client, t *state.Tables, log *slog.Logger) []*Reflector {
 	return []*Reflector{
 		newReflector(t, log, spec[corev1.Service, state.Service]{
@@ -86,10 +87,13 @@ func ServiceValidators(c *Client, t *state.Tables, log *slog.Logger) []*Reflecto
 			name: "discovery/v1::EndpointSlice", kind: "EndpointSlice", table: t.Slices, equal: state.EndpointSlice.Equal,
 			convert: func(s *discoveryv1.EndpointSlice) (state.EndpointSlice, problems) {
 				row, p := convertSlice(s)
-				row.Ports, row.Endpoints = nil, nil
+				row.Endpoints = nil
+				if row.Service == "" {
+					p.add("metadata.labels["+discoveryv1.LabelServiceName+"]", "is missing: the slice belongs to no service")
+				}
 				return row, p
 			},
-			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices+",kubernetes.io/service-name"),
+			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices),
 		}),
 	}
 }

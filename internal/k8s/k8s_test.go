@@ -306,6 +306,25 @@ func TestConversionsNameTheField(t *testing.T) {
 			_, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "IPv4", Ports: []discoveryv1.EndpointPort{{Port: ptr(int32(-1))}}})
 			return p
 		}, "ports[0].port: -1 is no port from 1 to 65535"},
+		{"slice without port", func() problems {
+			_, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "IPv4", Ports: []discoveryv1.EndpointPort{{}}})
+			return p
+		}, "ports[0].port: is missing"},
+		{"slice of names", func() problems {
+			_, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "FQDN", Endpoints: []discoveryv1.Endpoint{{Addresses: []string{"a.example"}}}})
+			return p
+		}, `addressType: "FQDN" is none of IPv4, IPv6: nothing that a packet could be sent to`},
+		{"slice of a group", func() problems {
+			row, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "IPv4", Endpoints: []discoveryv1.Endpoint{{Addresses: []string{"239.1.1.1"}}, {Addresses: []string{"10.0.0.1"}}}})
+			if len(row.Endpoints) != 1 {
+				p.add("endpoints", "are %v", row.Endpoints)
+			}
+			return p
+		}, "endpoints[0].addresses[0]: 239.1.1.1 is no address of a pod or a machine"},
+		{"slice of broadcasts", func() problems {
+			_, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "IPv4", Endpoints: []discoveryv1.Endpoint{{Addresses: []string{"255.255.255.255"}}}})
+			return p
+		}, "endpoints[0].addresses[0]: 255.255.255.255 is no address of a pod or a machine"},
 		{"pod address", func() problems {
 			_, p := convertPod(&corev1.Pod{Status: corev1.PodStatus{PodIPs: []corev1.PodIP{{IP: "?"}}}})
 			return p
@@ -354,7 +373,7 @@ func TestConversionsNameTheField(t *testing.T) {
 
 func TestSliceConditionsDefaultToReady(t *testing.T) {
 	row, p := convertSlice(&discoveryv1.EndpointSlice{AddressType: "IPv4",
-		Ports: []discoveryv1.EndpointPort{{}},
+		Ports: []discoveryv1.EndpointPort{{Port: ptr(int32(80))}},
 		Endpoints: []discoveryv1.Endpoint{
 			{Addresses: []string{"10.0.0.1"}},
 			{Addresses: []string{"10.0.0.2"}, Conditions: discoveryv1.EndpointConditions{Ready: ptr(false), Serving: ptr(true), Terminating: ptr(true)}},
@@ -367,7 +386,7 @@ func TestSliceConditionsDefaultToReady(t *testing.T) {
 	if want := "true true false|false true true|false false false"; strings.Join(got, "|") != want || len(p) != 0 {
 		t.Errorf("got %v, %v, want %s", got, p, want)
 	}
-	if row.Ports[0] != (state.SlicePort{L4: model.L4{Proto: model.ProtoTCP}}) {
+	if row.Ports[0] != (state.SlicePort{L4: model.L4{Proto: model.ProtoTCP, Port: 80}}) {
 		t.Errorf("port is %+v", row.Ports[0])
 	}
 }

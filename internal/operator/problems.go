@@ -53,7 +53,18 @@ func reportProblems(ctx context.Context, cfg *config.Config, log *slog.Logger, r
 	return nil
 }
 
-// wantedProblems are those of single objects, and frontends of services that another service has.
+// uidOf is what tells the object from another one of its name; ok: there is such an object.
+func uidOf(t *state.Tables, txn statedb.ReadTxn, kind, key string) (uid string, ok bool) {
+	if kind == "Service" {
+		svc, _, ok := t.Services.Get(txn, state.ServiceByName(key))
+		return svc.UID, ok
+	}
+	slice, _, ok := t.Slices.Get(txn, state.SliceByName(key))
+	return slice.UID, ok
+}
+
+// wantedProblems are those of single objects, and of objects that do not fit together: two services with the same
+// frontend, a slice and its service.
 func wantedProblems(t *state.Tables) func() reconcile.Snapshot[k8s.Problem, struct{}] {
 	inputs := []state.Input{state.From(t.BadObjects), state.From(t.Warnings), state.From(t.ServicePorts)}
 	return state.DesiredOf(t.DB, inputs, func(txn statedb.ReadTxn) map[k8s.Problem]struct{} {
@@ -63,12 +74,13 @@ func wantedProblems(t *state.Tables) func() reconcile.Snapshot[k8s.Problem, stru
 			rows[k8s.Problem{Kind: b.Kind, Namespace: namespace, Name: name, UID: b.UID, Text: b.Field + ": " + b.Problem}] = struct{}{}
 		}
 		for w := range t.Warnings.All(txn) {
-			key, text, ok := service.OfService(w)
+			kind, key, text, ok := service.Subject(w)
 			if !ok {
 				continue
 			}
-			if svc, _, ok := t.Services.Get(txn, state.ServiceByName(key)); ok {
-				rows[k8s.Problem{Kind: "Service", Namespace: svc.Namespace, Name: svc.Name, UID: svc.UID, Text: text}] = struct{}{}
+			if uid, ok := uidOf(t, txn, kind, key); ok {
+				namespace, name, _ := strings.Cut(key, "/")
+				rows[k8s.Problem{Kind: kind, Namespace: namespace, Name: name, UID: uid, Text: text}] = struct{}{}
 			}
 		}
 		return rows

@@ -27,10 +27,13 @@ import (
 const badServices = `{"apiVersion": "v1", "kind": "ServiceList", "metadata": {"resourceVersion": "1"}, "items": [
  {"metadata": {"namespace": "a", "name": "old", "uid": "u1", "creationTimestamp": "2026-01-01T00:00:00Z"}, "spec": {"clusterIPs": ["10.96.0.1"], "externalIPs": ["192.0.2.1"], "ports": [{"port": 80, "protocol": "TCP"}]}},
  {"metadata": {"namespace": "a", "name": "young", "uid": "u2", "creationTimestamp": "2026-02-01T00:00:00Z"}, "spec": {"clusterIPs": ["10.96.0.2"], "externalIPs": ["192.0.2.1"], "ports": [{"port": 80, "protocol": "TCP"}]}},
- {"metadata": {"namespace": "b", "name": "fast", "uid": "u3", "annotations": {"service.cilium.io/forwarding-mode": "fast"}}, "spec": {"clusterIPs": ["10.96.0.3"], "ports": [{"port": 80, "protocol": "TCP"}]}}]}`
+ {"metadata": {"namespace": "b", "name": "fast", "uid": "u3", "annotations": {"service.cilium.io/forwarding-mode": "fast"}}, "spec": {"clusterIPs": ["10.96.0.3"], "externalIPs": ["2001:db8::1"], "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]}}]}`
 
 const badSlices = `{"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSliceList", "metadata": {"resourceVersion": "1"}, "items": [
- {"metadata": {"namespace": "b", "name": "fast-1", "uid": "u4", "labels": {"kubernetes.io/service-name": "fast"}}, "addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0.300"]}]}]}`
+ {"metadata": {"namespace": "b", "name": "fast-1", "uid": "u4", "labels": {"kubernetes.io/service-name": "fast"}}, "addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0.300"]}]},
+ {"metadata": {"namespace": "b", "name": "by-hand", "uid": "u5", "labels": {"kubernetes.io/service-name": "fast"}}, "addressType": "IPv4", "ports": [{"name": "htpp", "port": 80, "protocol": "TCP"}], "endpoints": [{"addresses": ["10.0.0.3"]}]},
+ {"metadata": {"namespace": "b", "name": "derived", "uid": "u6", "labels": {"kubernetes.io/service-name": "fast", "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"}}, "addressType": "IPv4", "ports": [{"name": "of-before", "port": 80, "protocol": "TCP"}], "endpoints": []},
+ {"metadata": {"namespace": "b", "name": "nobodys", "uid": "u7"}, "addressType": "IPv4", "endpoints": []}]}`
 
 // eventServer is as much of an API server as the reporter needs.
 type eventServer struct {
@@ -122,9 +125,12 @@ func TestProblemsOfServicesAreEventsOnThem(t *testing.T) {
 			stopped <- reportProblems(ctx, config.Default(), slog.New(slog.DiscardHandler), &rest.Config{Host: srv.URL})
 		}()
 		want := []string{
+			fmt.Sprintf("%dx EndpointSlice b/by-hand u5 Warning: ports[0]: service b/fast has no port \"htpp\"/TCP, but \"http\"/TCP: name and protocol must be those of a port of the service", round),
 			fmt.Sprintf("%dx EndpointSlice b/fast-1 u4 Warning: endpoints[0].addresses[0]: \"10.0.0.300\" is no IP address", round),
+			fmt.Sprintf("%dx EndpointSlice b/nobodys u7 Warning: metadata.labels[kubernetes.io/service-name]: is missing: the slice belongs to no service", round),
 			fmt.Sprintf("%dx Service a/young u2 Warning: ExternalIPs 192.0.2.1:80/TCP is that of service a/old: give one of them another address or port", round),
 			fmt.Sprintf("%dx Service b/fast u3 Warning: metadata.annotations[service.cilium.io/forwarding-mode]: \"fast\" is none of snat, dsr; the node's setting is used", round),
+			fmt.Sprintf("%dx Service b/fast u3 Warning: spec.externalIPs: 2001:db8::1 is not served, the service has no cluster IP of that family: set spec.ipFamilyPolicy: RequireDualStack", round),
 		}
 		var got []string
 		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {

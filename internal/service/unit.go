@@ -93,6 +93,9 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 			warnings = append(warnings, warn("service "+svc.Key(), "nodePort %d lies outside of node-port-range %d-%d, so that connections of this node may use it too: make the range that of the API server", p.NodePort, cfg.NodePortFirst, cfg.NodePortLast))
 		}
 	}
+	if len(svc.ClusterIPs) > 0 {
+		warnings = append(warnings, unserved(svc, eps)...)
+	}
 	ready := map[netip.Addr]struct{}{}
 	for i, ip := range svc.ClusterIPs {
 		ipv6 := ip.Is6()
@@ -126,6 +129,39 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 		}
 	}
 	return claims, len(ready), warnings
+}
+
+// unserved is what a service and its slices ask for in vain, because the two do not fit together.
+func unserved(svc state.Service, eps []state.EndpointSlice) (warnings []state.Warning) {
+	for field, addrs := range map[string][]netip.Addr{"spec.externalIPs": svc.ExternalIPs, "status.loadBalancer.ingress": svc.LoadBalancerIPs} {
+		for _, a := range addrs {
+			if !slices.ContainsFunc(svc.ClusterIPs, func(ip netip.Addr) bool { return ip.Is6() == a.Is6() }) {
+				warnings = append(warnings, warn(aboutService+svc.Key(), "%s: %s is not served, the service has no cluster IP of that family: set spec.ipFamilyPolicy: RequireDualStack", field, a))
+			}
+		}
+	}
+	for _, slice := range eps {
+		if slice.Derived { // it will follow the service
+			continue
+		}
+		for i, p := range slice.Ports {
+			fits := func(sp state.ServicePortSpec) bool { return sp.Name == p.Name && sp.Proto == p.Proto }
+			if slices.ContainsFunc(svc.Ports, fits) {
+				continue
+			}
+			var has []string
+			for _, sp := range svc.Ports {
+				has = append(has, portName(sp.Name, sp.Proto))
+			}
+			warnings = append(warnings, warn(aboutSlice+slice.Key(), "ports[%d]: service %s has no port %s, but %s: name and protocol must be those of a port of the service", i, svc.Key(), portName(p.Name, p.Proto), strings.Join(has, ", ")))
+		}
+	}
+	return warnings
+}
+
+// portName names a port of a service or slice for a person.
+func portName(name string, proto uint8) string {
+	return fmt.Sprintf("%q/%s", name, model.ProtoName(proto))
 }
 
 // frontends are those of one port in the family of its cluster IP, sorted.
@@ -290,18 +326,29 @@ func ofPod(cfg Config, node self, pod state.Pod) (claims []*claim, warnings []st
 	return claims, warnings
 }
 
-// warn is a row of warnings about an object, "service ns/name" or "pod ns/name".
+// warn is a row of warnings about an object: "service ns/name", "endpointslice ns/name" or "pod ns/name".
 func warn(about, format string, args ...any) state.Warning {
 	text := about + ": " + fmt.Sprintf(format, args...)
 	return state.Warning{Key: warningPrefix + text, Text: text}
 }
 
-const warningPrefix, aboutService = "services/", "service "
+const (
+	warningPrefix = "services/"
+	aboutService  = "service "
+	aboutSlice    = "endpointslice "
+)
 
-// OfService is what a warning says of a service, "namespace/name". ok: it is about one.
-func OfService(w state.Warning) (key, text string, ok bool) {
-	if !strings.HasPrefix(w.Key, warningPrefix+aboutService) {
-		return "", "", false
+// Subject is the kind of the object that a warning is about, its "namespace/name", and what it says. ok: it is about a
+// service or a slice.
+func Subject(w state.Warning) (kind, key, text string, ok bool) {
+	if !strings.HasPrefix(w.Key, warningPrefix) {
+		return "", "", "", false
 	}
-	return strings.Cut(strings.TrimPrefix(w.Text, aboutService), ": ")
+	for prefix, kind := range map[string]string{aboutService: "Service", aboutSlice: "EndpointSlice"} {
+		if rest, found := strings.CutPrefix(w.Text, prefix); found {
+			key, text, ok := strings.Cut(rest, ": ")
+			return kind, key, text, ok
+		}
+	}
+	return "", "", "", false
 }

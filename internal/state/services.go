@@ -105,8 +105,10 @@ func (e SliceEndpoint) equal(o SliceEndpoint) bool {
 // EndpointSlice is a discovery.k8s.io/v1 EndpointSlice.
 type EndpointSlice struct {
 	Namespace, Name string
+	UID             string
 	Service         string // of label kubernetes.io/service-name
 	IPv6            bool
+	Derived         bool // Kubernetes makes it of the service and its pods, so that it follows both
 	Ports           []SlicePort
 	Endpoints       []SliceEndpoint
 }
@@ -119,9 +121,14 @@ func (r EndpointSlice) ServiceKey() string { return r.Namespace + "/" + r.Servic
 
 // Equal compares slices.
 func (r EndpointSlice) Equal(o EndpointSlice) bool {
-	return r.Namespace == o.Namespace && r.Name == o.Name && r.Service == o.Service && r.IPv6 == o.IPv6 &&
+	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.Service == o.Service && r.IPv6 == o.IPv6 && r.Derived == o.Derived &&
 		slices.Equal(r.Ports, o.Ports) && slices.EqualFunc(r.Endpoints, o.Endpoints, SliceEndpoint.equal)
 }
+
+var sliceByName = byString("name", EndpointSlice.Key)
+
+// SliceByName finds the slice "namespace/name".
+func SliceByName(key string) statedb.Query[EndpointSlice] { return sliceByName.Query(key) }
 
 var sliceByService = nonUnique(byString("service", EndpointSlice.ServiceKey))
 
@@ -144,7 +151,7 @@ func newSlices(db *statedb.DB) (statedb.RWTable[EndpointSlice], error) {
 				}
 			}
 			return []string{r.Key(), r.Service, strings.Join(ports, ","), strings.Join(eps, ",")}
-		}, byString("name", EndpointSlice.Key), sliceByService)
+		}, sliceByName, sliceByService)
 }
 
 // ServicePort is one port of a service for one family, ready for the datapath.
