@@ -25,8 +25,8 @@ what pods expect of their network. Prints a line for each check; the last line i
 			if err := o.Check(); err != nil {
 				return err
 			}
-			if (o.Resilience || o.Switch) && o.With != "lash" {
-				return fmt.Errorf("--resilience and --switch go with --with lash only")
+			if (o.Resilience || o.Services || o.Switch) && o.With != "lash" {
+				return fmt.Errorf("--resilience, --services and --switch go with --with lash only")
 			}
 			err := demo.Run(cmd.Context(), a.name, o)
 			if errors.Is(err, demo.ErrFailed) {
@@ -39,6 +39,7 @@ what pods expect of their network. Prints a line for each check; the last line i
 	cmd.Flags().BoolVar(&o.Switch, "switch", false, "also pass to the other mode and back, five times under traffic")
 	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
 	cmd.Flags().BoolVar(&o.Resilience, "resilience", false, "also kill, remove and restart agents, nodes and the API server while pods talk (four minutes)")
+	cmd.Flags().BoolVar(&o.Services, "services", false, "also restart backends, kill and remove agents, and create malformed objects, under load through every kind of service (three minutes)")
 	cmd.Flags().StringVar(&o.WriteGolden, "write-golden", "", "directory to write golden files of addresses and routes to, instead of comparing with them")
 	root.AddCommand(cmd)
 }

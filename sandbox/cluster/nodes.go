@@ -274,6 +274,19 @@ func (c *Cluster) ExecCommand(ctx context.Context, host string, argv ...string) 
 	return cmd, nil
 }
 
+// Toolbox is the path of the sandbox's test program on this machine.
+func (c *Cluster) Toolbox() string { return c.cache.Bin("toolbox") }
+
+// BesideCommand is a command in the network namespace of a process of a node, which has that number on the node, but
+// outside of the node's cgroup: the node's socket programs do not see it. It finds programs where this machine has them.
+func (c *Cluster) BesideCommand(ctx context.Context, node, pid string, argv ...string) (*exec.Cmd, error) {
+	if _, err := c.Target(node); err != nil {
+		return nil, err
+	}
+	netns := fmt.Sprintf("--net=/proc/%d/root/proc/%s/ns/net", c.init(node).Pid, pid)
+	return c.ExecCommand(ctx, plan.ControlPlane, append([]string{"nsenter", netns, "--"}, argv...)...)
+}
+
 // loaded lists the archives that `sandbox load` was given; nodes that join later get them too.
 func (c *Cluster) loaded() []string {
 	list, _ := filepath.Glob(c.path("images", "*.tar"))

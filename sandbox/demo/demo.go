@@ -25,6 +25,7 @@ type Options struct {
 	testbed.Options
 	// Resilience adds what must hold while agents, nodes and the API server go away. Takes some minutes, with Lash only.
 	Resilience bool
+	Services   bool // also restart backends and ill-treat agents under load through every kind of service, and create malformed objects
 	Switch     bool // also pass to the other mode and back, five times under traffic
 	// WriteGolden is a directory to write golden files to instead of comparing with them; empty: compare.
 	WriteGolden string
@@ -75,6 +76,11 @@ func run(ctx context.Context, name string, o Options) (passed, failed int, err e
 		return 0, 0, err
 	}
 	passed, failed = runChecks(ctx, w.checks(o), o)
+	if o.Services && failed == 0 {
+		o.Say("services: backends are restarted, agents go away, malformed objects come, under load through every kind of service")
+		p, f := checkServices(ctx, w, o)
+		passed, failed = passed+p, failed+f
+	}
 	if o.Resilience && failed == 0 {
 		o.Say("resilience: agents, nodes and the API server go away while pods talk")
 		p, f := checkResilience(ctx, w, o)

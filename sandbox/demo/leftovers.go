@@ -20,12 +20,13 @@ import (
 // wanted is what the API server says there is.
 type wanted struct {
 	nodes     map[string]nodeFacts
-	custom    []string                  // names of CiliumNodes
-	pods      map[netip.Addr]podFacts   // by each address; without those of the host's network
-	frontends map[string]bool           // ADDR:PORT/PROTO
-	vips      map[string]bool           // addresses of the frontends
-	backends  map[netip.AddrPort]string // protocols are those of their service
-	ready     map[netip.AddrPort]bool   // of the backends
+	custom    []string                   // names of CiliumNodes
+	pods      map[netip.Addr]podFacts    // by each address; without those of the host's network
+	frontends map[string]bool            // ADDR:PORT/PROTO
+	hostPorts map[string]map[string]bool // the same, of pods, by node
+	vips      map[string]bool            // addresses of the frontends
+	backends  map[netip.AddrPort]string  // protocols are those of their service
+	ready     map[netip.AddrPort]bool    // of the backends
 }
 
 type nodeFacts struct {
@@ -194,7 +195,7 @@ func (w wanted) compare(node string, k kernel, h history) []string {
 		if address && w.vips[at] {
 			continue
 		}
-		if !w.frontends[frontend] {
+		if !w.frontends[frontend] && !w.hostPorts[node][frontend] {
 			left("row of bpf lb %s: there is no such service", row[0])
 		}
 		backend, _, ok := strings.Cut(row[1], "/")
@@ -202,9 +203,11 @@ func (w wanted) compare(node string, k kernel, h history) []string {
 			left("row of bpf lb %s: backend %s%s", row[0], backend, h.of(single(b.Addr())))
 		}
 	}
-	for f := range w.frontends {
-		if !services[f] {
-			missing("row of bpf lb %s", f)
+	for _, all := range []map[string]bool{w.frontends, w.hostPorts[node]} {
+		for f := range all {
+			if !services[f] {
+				missing("row of bpf lb %s", f)
+			}
 		}
 	}
 	for table, columns := range map[string][]int{"ct": {1, 2}, "nat": {2, 4}, "socket": {1}} {
@@ -353,11 +356,12 @@ func readWanted(ctx context.Context, c *cluster.Cluster) (wanted, error) {
 }
 
 func parseWanted(list []byte) (wanted, error) {
-	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, vips: map[string]bool{}, backends: map[netip.AddrPort]string{},
+	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, hostPorts: map[string]map[string]bool{}, vips: map[string]bool{}, backends: map[netip.AddrPort]string{},
 		ready: map[netip.AddrPort]bool{}}
 	type port struct {
 		Port     uint16
 		NodePort uint16
+		HostPort uint16
 		Protocol string
 	}
 	var objects struct {
@@ -371,12 +375,16 @@ func parseWanted(list []byte) (wanted, error) {
 				Health      struct{ IPv4, IPv6 string }
 				IPAM        struct{ PodCIDRs []netip.Prefix }
 				ClusterIPs  []string
+				ExternalIPs []string
 				Ports       []port
+				Containers  []struct{ Ports []port }
 			}
 			Status struct {
 				Phase     string
 				PodIPs    []struct{ IP string }
 				Addresses []struct{ Type, Address string }
+
+				LoadBalancer struct{ Ingress []struct{ IP string } }
 			}
 			Endpoints []struct {
 				Addresses  []string
@@ -404,19 +412,31 @@ func parseWanted(list []byte) (wanted, error) {
 			}
 			for _, i := range o.Status.PodIPs {
 				w.pods[address(i.IP)] = podFacts{o.Metadata.Namespace + "/" + o.Metadata.Name, o.Spec.NodeName}
+				for _, c := range o.Spec.Containers {
+					for _, p := range c.Ports {
+						if p.HostPort == 0 {
+							continue
+						}
+						if w.hostPorts[o.Spec.NodeName] == nil {
+							w.hostPorts[o.Spec.NodeName] = map[string]bool{}
+						}
+						w.hostPorts[o.Spec.NodeName][frontend(everywhere(address(i.IP)), p.HostPort, p.Protocol)] = true
+					}
+				}
 			}
 		case "Service":
-			for _, ip := range o.Spec.ClusterIPs {
+			headless := !slices.ContainsFunc(o.Spec.ClusterIPs, func(s string) bool { return address(s).IsValid() })
+			addrs := slices.Concat(o.Spec.ClusterIPs, o.Spec.ExternalIPs)
+			for _, in := range o.Status.LoadBalancer.Ingress {
+				addrs = append(addrs, in.IP)
+			}
+			for _, ip := range addrs {
 				for _, p := range o.Spec.Ports {
-					if a := address(ip); a.IsValid() { // not None
-						w.frontends[fmt.Sprintf("%s/%s", netip.AddrPortFrom(a, p.Port), p.Protocol)] = true
+					if a := address(ip); a.IsValid() && !headless {
+						w.frontends[frontend(a, p.Port, p.Protocol)] = true
 						w.vips[strings.TrimSuffix(netip.AddrPortFrom(a, 0).String(), ":0")] = true
 						if p.NodePort != 0 {
-							every := netip.IPv4Unspecified()
-							if a.Is6() {
-								every = netip.IPv6Unspecified()
-							}
-							w.frontends[fmt.Sprintf("%s/%s", netip.AddrPortFrom(every, p.NodePort), p.Protocol)] = true
+							w.frontends[frontend(everywhere(a), p.NodePort, p.Protocol)] = true
 						}
 					}
 				}
@@ -456,6 +476,18 @@ func parseWanted(list []byte) (wanted, error) {
 		}
 	}
 	return w, nil
+}
+
+func frontend(a netip.Addr, port uint16, proto string) string {
+	return netip.AddrPortFrom(a, port).String() + "/" + proto
+}
+
+// everywhere is the unspecified address of a's family.
+func everywhere(a netip.Addr) netip.Addr {
+	if a.Is6() {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
 }
 
 // readKernel asks ip(8), the agent's own lash, and the BPF file system. All on the node: the API server may be away.

@@ -61,6 +61,13 @@ type probeResult struct {
 	MaxGapMS                         float64
 	MaxGapAt                         time.Time
 	Error                            string
+	Servers                          map[string]server
+}
+
+// server is who answered a probe that asks.
+type server struct {
+	Answers     int64
+	First, Last time.Time
 }
 
 // startProbe sends a message each interval until stop.

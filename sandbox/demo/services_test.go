@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package demo
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestVerdictOnLoad(t *testing.T) {
+	at := time.Now()
+	d := &diary{entries: []entry{{at.Add(-time.Second), "agents killed"}}}
+	failed := loaded{Sent: 1000, Failed: 2, Seconds: 1, Failures: map[string]int64{"connect: refused": 2}}
+	failed.FirstFailure = &failure{at, "10.0.0.1:80", "", "connect: refused"}
+	for want, l := range map[string]loaded{
+		"":                      {Sent: 990, Seconds: 1},
+		"1000/s were asked for": {Sent: 900, Seconds: 1},
+		"2 connect: refused":    failed,
+		"(agents killed)":       failed,
+		"900 sent (900/s":       {Sent: 900, Seconds: 1},
+	} {
+		if err := l.verdict(1000, d); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
+
+func TestVerdictOnRepinnedDatagrams(t *testing.T) {
+	ready := time.Now()
+	at := func(d time.Duration) time.Time { return ready.Add(d) }
+	both := func(last, first time.Duration) map[string]server {
+		return map[string]server{"old": {10, at(-time.Minute), at(last)}, "new": {10, at(first), at(time.Minute)}}
+	}
+	for want, servers := range map[string]map[string]server{
+		"":                      both(100*time.Millisecond, 120*time.Millisecond),
+		"old still answers":     both(1100*time.Millisecond, 1120*time.Millisecond),
+		"new answered at":       both(500*time.Millisecond, 100*time.Millisecond),
+		"want old and then new": {"old": {10, at(-time.Minute), at(0)}},
+		"third":                 {"old": {10, at(-time.Minute), at(0)}, "new": {10, at(0), at(0)}, "third": {1, at(0), at(0)}},
+	} {
+		if err := repinnedInTime(probeResult{Servers: servers}, "old", "new", ready); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
+
+// Every object of malformed.yaml has its report, or is in order or refused by its name.
+func TestEveryMalformedObjectHasAReport(t *testing.T) {
+	events := map[string][]string{}
+	for _, object := range strings.Split(malformedYAML, "\n---\n")[1:] {
+		_, kind, _ := strings.Cut(object, "kind: ")
+		kind, _, _ = strings.Cut(kind, "\n")
+		_, name, _ := strings.Cut(object, "{name: ")
+		name, _, _ = strings.Cut(name, ",")
+		if strings.HasPrefix(name, "fine") || strings.HasPrefix(name, "refused-") {
+			continue
+		}
+		text, ok := reports[kind+" "+name]
+		if !ok {
+			t.Errorf("%s %s has no report", kind, name)
+		}
+		events[kind+" "+name] = []string{text + "; and so on"}
+	}
+	if err := compareReports(events); err != nil {
+		t.Error(err)
+	}
+	events["Service fine"] = []string{"is bad"}
+	delete(events, "Service octal")
+	if err := compareReports(events); err == nil || !strings.Contains(err.Error(), "Service octal: events are []") || !strings.Contains(err.Error(), `Service fine: events are ["is bad"], want none`) {
+		t.Errorf("got %v", err)
+	}
+}
