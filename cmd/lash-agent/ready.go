@@ -23,7 +23,7 @@ import (
 )
 
 // waitUntilReady returns when pods can be served: those of before are restored, every row that is known is in the
-// kernel, and, on a node that starts for the first time, the services are too.
+// kernel, and the services are too.
 func (a *agent) waitUntilReady(ctx context.Context, endpoints *reconcile.Loop[netip.Addr, model.LocalAddr], ipcache *reconcile.Loop[netip.Prefix, model.IPCacheEntry], devices *reconcile.Loop[int, model.Device]) error {
 	select {
 	case <-a.eps.Restored():
@@ -33,13 +33,40 @@ func (a *agent) waitUntilReady(ctx context.Context, endpoints *reconcile.Loop[ne
 	if err := errors.Join(endpoints.Sync(ctx), ipcache.Sync(ctx), devices.Sync(ctx)); err != nil {
 		return err
 	}
-	if complete, done := a.tables.ServicePorts.Initialized(a.tables.DB.ReadTxn()); a.cfg.KubeProxyReplacement && a.noServices && !complete {
+	return a.waitForServices(ctx)
+}
+
+// servicesPatience is how long an agent waits for what the API server says of services before it is ready with those of
+// before. An API server that is away must not keep pods from starting.
+const servicesPatience = 10 * time.Second
+
+// waitForServices returns when the kernel has the services that the API server has: from then on no backend is chosen that
+// was removed while no agent ran.
+func (a *agent) waitForServices(ctx context.Context) error {
+	if a.services == nil {
+		return nil
+	}
+	complete, done := a.tables.ServicePorts.Initialized(a.tables.DB.ReadTxn())
+	if !complete {
+		var patience <-chan time.Time
+		if !a.noServices {
+			patience = time.After(servicesPatience)
+		}
 		a.phase.Store(&phase{waiting: "services have not been read from the API server yet", dp: a.dp})
 		select {
 		case <-done:
+		case <-patience:
+			a.log.Warn("services are those of before: the API server has not told them yet", "waited", servicesPatience)
+			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+	}
+	if err := a.services.Sync(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		a.log.Warn("services are not all served", "error", err) // the loop tries again and says so in the status
 	}
 	return nil
 }

@@ -37,6 +37,7 @@ func (a *agent) startServices(ctx context.Context, g *group) error {
 		Name: "datapath-services", Target: target, Desired: state.DesiredChanges(a.tables.DB, a.tables.ServicePorts, state.SplitServicePort),
 		Equal: datapath.SameServicePort, Written: func(int, int) { forget.kick() }, Report: a.tables.Report, Log: a.log, Throttle: serviceThrottle, Parallel: servicesAtOnce,
 	})
+	a.services = loop
 	g.start("service-stage", stage.Run)
 	g.start("datapath-services", loop.Run)
 	g.start("service-sweep", func(ctx context.Context) error { return forget.run(ctx, loop) })

@@ -66,7 +66,8 @@ type agent struct {
 	network    atomic.Pointer[model.PodNetwork] // what new pods get
 	detection  atomic.Pointer[netdev.Detection]
 	tunnel     tunnelDevice
-	noServices bool // the kernel had none when the agent started
+	services   *reconcile.Loop[uint32, model.ServicePort] // nil: kube-proxy serves
+	noServices bool                                       // the kernel had none when the agent started
 	kubernetes atomic.Pointer[apiHealth]
 	phase      atomic.Pointer[phase]
 	attached   atomic.Bool                    // socket programs
