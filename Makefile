@@ -69,10 +69,10 @@ netns: bpf
 	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
 
 e2e: image
-	$(SAY) 'e2e: three nodes of real Kubernetes; natively routed, then by the tunnel: resilience, changes of mode'
+	$(SAY) 'e2e: three nodes of real Kubernetes; natively routed: services under load; then by the tunnel: resilience, changes of mode'
 	bin/sandbox down --name e2e
 	trap 'bin/sandbox down --name e2e' EXIT; \
-	bin/sandbox demo --name e2e --mode native && bin/sandbox demo --name e2e --mode vxlan --resilience --switch
+	bin/sandbox demo --name e2e --mode native --services && bin/sandbox demo --name e2e --mode vxlan --resilience --switch
 
 test: lint unit packet netns e2e ## every layer
 	$(SAY) 'all layers passed'
