@@ -204,7 +204,7 @@ func (w *world) checks(o Options) []check {
 		w.writeGolden = o.WriteGolden
 		list = append(list, w.lash()...)
 		for _, f := range families {
-			list = append(list, w.otherFrontends(f)...)
+			list = append(list, w.otherFrontends(f, o.Mode)...)
 			list = append(list, w.explanations(f)...)
 		}
 		list = append(list, w.modeChecks(o.Mode)...)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -29,8 +30,8 @@ func outsideAddr(f string) netip.Addr {
 	return plan.Outside4
 }
 
-// otherFrontends are the checks of services that have more than a cluster IP, in one family.
-func (w *world) otherFrontends(f string) []check {
+// otherFrontends are the checks of services that have more than a cluster IP, in one family. network is the mode of routing between nodes.
+func (w *world) otherFrontends(f, network string) []check {
 	outside := func(ctx context.Context, argv ...string) (string, error) { return w.c.Exec(ctx, plan.Outside, argv...) }
 	pod := w.inPod(w.client["n2"])
 	isBackend := func(out string, err error) error {
@@ -73,12 +74,14 @@ func (w *world) otherFrontends(f string) []check {
 					ap, _ := netip.ParseAddrPort(s)
 					seen[ap.Addr().Unmap()] = true
 				}
-				client := outsideAddr(f)
+				want := map[netip.Addr]bool{outsideAddr(f): true} // of the backend on the node itself, in both modes
 				if mode == "snat" {
-					client = nodeAddr("n1", f)
+					forwarder, ferr := w.forwarder(ctx, "n1", f, network)
+					err = errors.Join(err, ferr)
+					want[forwarder] = true
 				}
-				if err == nil && (!seen[client] || mode == "dsr" && len(seen) != 1) {
-					err = fmt.Errorf("seen as %v, want %s", got, client)
+				if err == nil && !maps.Equal(seen, want) {
+					err = fmt.Errorf("seen as %v, want %v", slices.Collect(maps.Keys(seen)), slices.Collect(maps.Keys(want)))
 				}
 				return err
 			}},
@@ -141,6 +144,21 @@ func (w *world) otherFrontends(f string) []check {
 			return nil
 		}},
 	)
+}
+
+// forwarder is the address under which a node forwards packets for services to other nodes: its own, or, through a tunnel,
+// its router's.
+func (w *world) forwarder(ctx context.Context, node, f, network string) (netip.Addr, error) {
+	if network != "vxlan" {
+		return nodeAddr(node, f), nil
+	}
+	_, routers, _, err := w.ciliumNodes(ctx)
+	for _, r := range routers[node] {
+		if family(r) == f {
+			return r, err
+		}
+	}
+	return netip.Addr{}, errors.Join(err, fmt.Errorf("%s has no router address of family %s", node, f))
 }
 
 // assignBalancer writes into the status of web-dsr what a load balancer's controller would.
