@@ -78,6 +78,7 @@ func (s *serviceStory) steps() []step {
 		step{"agents upgraded one after another", s.upgradeAgain},
 		step{"all of this: no request failed", s.endLoads},
 		step{"all of this: connections and flows live", s.endFlows},
+		step{"all of this: nothing of what ended remains", s.leftovers},
 		step{"malformed Services and EndpointSlices are reported as Events on them, and disturb no other", s.malformed},
 	)
 }
