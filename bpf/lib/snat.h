@@ -143,7 +143,7 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 	struct conn_key *nk, *k, *owner;
 	__be16 port = bpf_htons((__u16)number);
 	struct conn *other;
-	bool own;
+	bool own, taken = false;
 	long err;
 
 	if (!scratch || !p || !c)
@@ -170,8 +170,12 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 	}
 	/* The tuple may be that of a connection as it is, or of a socket. */
 	other = bpf_map_lookup_elem(&lash_conn, nk);
-	if ((other && other != c && !past(now, other->expires) && !conn_closed(other)) ||
-	    (!own && socket_has(skb, p, &scratch->nat, port))) {
+	if (other && other != c) {
+		taken = !past(now, other->expires) && (patient || !conn_closed(other));
+		if (!taken) /* answers would find it first */
+			bpf_map_delete_elem(&lash_conn, nk);
+	}
+	if (taken || (!own && socket_has(skb, p, &scratch->nat, port))) {
 		bpf_map_delete_elem(&lash_nat, nk);
 		return 1;
 	}

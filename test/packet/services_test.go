@@ -271,6 +271,28 @@ func TestServicesFromPods(t *testing.T) {
 				{at: fromB, pkt: packet{src: f.b, dst: f.a, l4: "udp", sport: portTarget, dport: 1000}, want: peer(ifA, bpf.SlowNot), check: ends(f.b, portTarget, f.a, 1000)},
 			}
 		}},
+		test{name: "the ports of a connection to the backend that is closed", steps: func(f family) []step {
+			direct := func(flags string) packet {
+				return packet{src: f.a, dst: f.b, l4: "tcp", sport: 1000, dport: portTarget, flags: flags}
+			}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}})},
+				{at: fromA, pkt: direct("S"), want: peer(ifB, bpf.SlowNew)},
+				{at: fromA, pkt: direct("R"), want: peer(ifB, bpf.SlowNot)},
+				// What comes back must lead to the service's connection, not to what is left of the other.
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: peer(ifB, bpf.SlowNew), check: ends(f.a, 0, f.b, portTarget)},
+				{at: fromB, reply: true, want: peer(ifA, bpf.SlowNot), check: ends(vip(f), portVIP, f.a, 1000)},
+			}
+		}},
+		test{name: "the ports of a connection to the backend that has expired", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}})},
+				{at: fromA, pkt: packet{src: f.a, dst: f.b, l4: "udp", sport: 1000, dport: portTarget}, want: peer(ifB, bpf.SlowNew)},
+				{do: expire},
+				{at: fromA, pkt: packet{src: f.a, dst: vip(f), l4: "udp", sport: 1000, dport: portVIP}, want: peer(ifB, bpf.SlowNew), check: ends(f.a, 1000, f.b, portTarget)},
+				{at: fromB, reply: true, want: peer(ifA, bpf.SlowNot), check: ends(vip(f), portVIP, f.a, 1000)},
+			}
+		}},
 		test{name: "closed and opened again it may get another backend", steps: func(f family) []step {
 			tcp := func(flags string) packet {
 				return packet{src: f.a, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: flags}
