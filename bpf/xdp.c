@@ -23,32 +23,13 @@ static __always_inline bool same_mac(const void *a, const struct mac *b)
 	return !__builtin_memcmp(a, b, sizeof(*b));
 }
 
-/* A checksum follows what it covers (RFC 1624): words of the packet's own order, of 32 or 16 bits. */
-static __always_inline void csum_follow(__u64 *diff, __u32 from, __u32 to)
-{
-	*diff += (__u64)(__u32)~from + to;
-}
-
-static __always_inline __u16 csum_apply(__u16 check, __u64 diff)
-{
-	__u64 sum = (__u16)~check + diff;
-
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return ~sum;
-}
-
 /* nat_xdp is nat_apply for a frame: before the first write it is certain that all can be written. 0, or -1. */
 static __always_inline int nat_xdp(struct xdp_md *ctx, struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags, bool v6)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	void *l3 = data + ETH_HLEN, *l4 = data + (v6 ? HEADERS6 : HEADERS4);
-	__u64 addrs = 0, ports = 0;
-	__be16 *port = l4;
+	void *l4 = data + (v6 ? HEADERS6 : HEADERS4);
 	__u16 *check = NULL; /* SCTP's covers the payload, and no addresses: there ports stay */
+	__u64 diff;
 
 	if (l4 + L4_SHORT > end)
 		return -1;
@@ -59,52 +40,14 @@ static __always_inline int nat_xdp(struct xdp_md *ctx, struct pkt *p, const stru
 			return -1;
 		check = l4 + offsetof(struct l4_head, check);
 	}
-#pragma clang loop unroll(full)
-	for (int i = 0; i < 2; i++) {
-		const struct addr *to;
-		__be16 to_port;
-		bool source;
-
-		if (!nat_side(p, c, k, flags, i, &source, &to, &to_port))
-			continue;
-		if (source) {
-			p->src = *to;
-			p->sport = to_port;
-		} else {
-			p->dst = *to;
-			p->dport = to_port;
-		}
-	}
-	/* Both sides, at fixed offsets: what stays adds nothing to the sums. */
-	if (v6) {
-		struct ipv6hdr *ip = l3;
-		__u32 *src = (__u32 *)&ip->saddr, *dst = (__u32 *)&ip->daddr;
-
-#pragma clang loop unroll(full)
-		for (int w = 0; w < 4; w++) {
-			csum_follow(&addrs, src[w], p->src.w[w]);
-			csum_follow(&addrs, dst[w], p->dst.w[w]);
-			src[w] = p->src.w[w];
-			dst[w] = p->dst.w[w];
-		}
-	} else {
-		struct iphdr *ip = l3;
-
-		csum_follow(&addrs, ip->saddr, p->src.w[3]);
-		csum_follow(&addrs, ip->daddr, p->dst.w[3]);
-		ip->saddr = p->src.w[3];
-		ip->daddr = p->dst.w[3];
-		ip->check = csum_apply(ip->check, addrs);
-	}
+	nat_tuple(p, c, k, flags);
+	diff = nat_write_addrs(data + ETH_HLEN, p, v6);
 	if (!check)
 		return 0;
-	csum_follow(&ports, port[0], p->sport);
-	csum_follow(&ports, port[1], p->dport);
-	port[0] = p->sport;
-	port[1] = p->dport;
+	diff += nat_write_ports(l4, p);
 	if (p->proto == IPPROTO_UDP && !*check)
 		return 0; /* the sender left it out */
-	*check = csum_apply(*check, addrs + ports);
+	*check = csum_apply(*check, diff);
 	if (p->proto == IPPROTO_UDP && !*check)
 		*check = 0xffff;
 	return 0;

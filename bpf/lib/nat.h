@@ -131,12 +131,124 @@ static __always_inline bool nat_side(const struct pkt *p, const struct conn *c, 
 	return !addr_equal(*to, *source ? &p->src : &p->dst) || *to_port != (*source ? p->sport : p->dport);
 }
 
+/* nat_tuple gives p, of a packet of connection k, the tuple that its direction's flags say. */
+static __always_inline void nat_tuple(struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags)
+{
+#pragma clang loop unroll(full)
+	for (int i = 0; i < 2; i++) {
+		const struct addr *to;
+		__be16 port;
+		bool source;
+
+		if (!nat_side(p, c, k, flags, i, &source, &to, &port))
+			continue;
+		if (source) {
+			p->src = *to;
+			p->sport = port;
+		} else {
+			p->dst = *to;
+			p->dport = port;
+		}
+	}
+}
+
+/* A checksum follows what it covers (RFC 1624): csum_follow sums up by how much that grows, in words of the packet's own
+ * order, of 32 or 16 bits. */
+static __always_inline void csum_follow(__u64 *diff, __u32 from, __u32 to)
+{
+	*diff += (__u64)(__u32)~from + to;
+}
+
+static __always_inline __u32 csum_fold(__u64 diff)
+{
+	diff = (diff & 0xffffffff) + (diff >> 32);
+	return (diff & 0xffffffff) + (diff >> 32);
+}
+
+static __always_inline __u16 csum_apply(__u16 check, __u64 diff)
+{
+	__u64 sum = (__u16)~check + (__u64)csum_fold(diff);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* nat_write_addrs writes p's addresses over those of the IP header at l3, and IPv4's checksum. By how much they grow. Both
+ * sides, at fixed offsets: what stays adds nothing. */
+static __always_inline __u64 nat_write_addrs(void *l3, const struct pkt *p, bool v6)
+{
+	__u64 diff = 0;
+
+	if (v6) {
+		struct ipv6hdr *ip = l3;
+		__u32 *src = (__u32 *)&ip->saddr, *dst = (__u32 *)&ip->daddr;
+
+#pragma clang loop unroll(full)
+		for (int w = 0; w < 4; w++) {
+			csum_follow(&diff, src[w], p->src.w[w]);
+			csum_follow(&diff, dst[w], p->dst.w[w]);
+			src[w] = p->src.w[w];
+			dst[w] = p->dst.w[w];
+		}
+	} else {
+		struct iphdr *ip = l3;
+
+		csum_follow(&diff, ip->saddr, p->src.w[3]);
+		csum_follow(&diff, ip->daddr, p->dst.w[3]);
+		ip->saddr = p->src.w[3];
+		ip->daddr = p->dst.w[3];
+		ip->check = csum_apply(ip->check, diff);
+	}
+	return diff;
+}
+
+/* nat_write_ports does the same for the ports. */
+static __always_inline __u64 nat_write_ports(__be16 *port, const struct pkt *p)
+{
+	__u64 diff = 0;
+
+	csum_follow(&diff, port[0], p->sport);
+	csum_follow(&diff, port[1], p->dport);
+	port[0] = p->sport;
+	port[1] = p->dport;
+	return diff;
+}
+
+#define NAT_OTHER 1 /* nat_plain: the packet is not plain */
+
+/* nat_plain is nat_apply for what most packets are: TCP, or UDP with a checksum, without options. 0, -1, or NAT_OTHER. */
+static __always_inline int nat_plain(struct __sk_buff *skb, struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags, bool v6)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *l4 = data + (v6 ? HEADERS6 : HEADERS4);
+	__u64 covers = 0, addrs, ports;
+	__u32 sum = l4_checksum(p, &covers);
+
+	if ((p->proto != IPPROTO_TCP && p->proto != IPPROTO_UDP) || (p->flags & PKT_LATER) || p->l4 != (v6 ? HEADERS6 : HEADERS4) ||
+	    l4 + L4_SHORT > end || (p->proto == IPPROTO_UDP && !((__u16 *)l4)[3]))
+		return NAT_OTHER;
+	nat_tuple(p, c, k, flags);
+	addrs = nat_write_addrs(data + ETH_HLEN, p, v6);
+	ports = nat_write_ports(l4, p);
+	/* The kernel knows whether the checksum is there already, or the device's to make. */
+	if (bpf_l4_csum_replace(skb, sum, 0, csum_fold(ports), covers & ~BPF_F_PSEUDO_HDR))
+		return -1;
+	return (v6 ? l4_csum_address6(skb, sum, csum_fold(addrs), covers) : bpf_l4_csum_replace(skb, sum, 0, csum_fold(addrs), covers)) ? -1 : 0;
+}
+
 /* nat_apply translates a packet of connection k as its direction's flags say, and p with it:
  * what has been translated already is left as it is. 0, or -1 when it cannot be written. */
 __noinline int nat_apply(struct __sk_buff *skb, struct pkt *p, struct conn *c, struct conn_key *k, __u32 flags)
 {
+	int err;
+
 	if (!p || !c || !k || !(flags & (DIR_TO_NAT | DIR_NO_NAT | DIR_DSR)))
 		return 0;
+	err = p->v6 ? nat_plain(skb, p, c, k, flags, true) : nat_plain(skb, p, c, k, flags, false);
+	if (likely(err != NAT_OTHER))
+		return err;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < 2; i++) {
 		const struct addr *to;

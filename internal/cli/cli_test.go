@@ -32,7 +32,7 @@ func testStatus() agent.Status {
 		Node: "n1", Ready: true, Now: now, KVStore: disabled,
 		Kubernetes:           agent.Component{State: "Ok", Message: "1.34 (v1.34.4) [linux/amd64]"},
 		KubernetesAPIs:       []string{"cilium/v2::CiliumNode", "core/v1::Pods"},
-		KubeProxyReplacement: agent.KubeProxyReplacement{Mode: "True", Devices: []agent.Device{eth0}, SocketLB: "Enabled", Services: []agent.ServiceFeature{{Name: "ClusterIP", State: "Enabled"}, {Name: "NodePort", State: "Disabled", Note: "not in this version"}}},
+		KubeProxyReplacement: agent.KubeProxyReplacement{Mode: "True", Devices: []agent.Device{eth0}, SocketLB: "Enabled", XDPAcceleration: "Best-Effort", NotAccelerated: map[string]string{"eth1": "its driver (bridge) has no native XDP"}, Services: []agent.ServiceFeature{{Name: "ClusterIP", State: "Enabled"}, {Name: "NodePort", State: "Disabled", Note: "not in this version"}}},
 		HostFirewall:         disabled, SRv6: disabled, CNIChaining: "none", CNIConfigFile: "successfully wrote CNI configuration file to /etc/cni/net.d/05-lash.conflist",
 		Lash: agent.Component{State: "Ok", Message: "0.1.0 (v0.1.0-abcdef01)"}, NodeMonitor: disabled, HealthDaemon: disabled,
 		IPAM: agent.IPAM{Mode: "cluster-pool", Pools: []agent.Pool{{Family: "IPv4", Allocated: 4, Total: 254, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}}},

@@ -87,6 +87,7 @@ var meaningless = map[string]string{
 	"bpf-policy-map-max":                  "network policy is not part of this version",
 	"preallocate-bpf-maps":                "maps are allocated as their kind requires",
 	"enable-node-port":                    "it is part of kube-proxy-replacement",
+	"enable-xdp-prefilter":                "'lash prefilter' works wherever there is XDP: see bpf-lb-acceleration",
 	"enable-host-reachable-services":      "it is part of kube-proxy-replacement",
 	"enable-host-port":                    "it is part of kube-proxy-replacement",
 	"enable-external-ips":                 "it is part of kube-proxy-replacement",

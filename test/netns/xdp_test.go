@@ -89,6 +89,9 @@ func TestServicesXDPSpread(t *testing.T) {
 	testServices(t, options{podsPerNode: 2, xdp: true, spread: true})
 }
 func TestServicesXDPDSR(t *testing.T) { testServices(t, options{podsPerNode: 2, xdp: true, dsr: true}) }
+func TestServicesXDPLegacyHostRouting(t *testing.T) {
+	testServices(t, options{podsPerNode: 2, xdp: true, legacy: true})
+}
 func TestServicesXDPVXLAN(t *testing.T) {
 	testServices(t, options{podsPerNode: 2, xdp: true, tunnel: "vxlan"})
 }
