@@ -11,12 +11,16 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/spf13/pflag"
+
 	"github.com/lash-net/lash/api/agent"
 	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/server"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -276,5 +280,24 @@ func TestEveryCommandHasHelp(t *testing.T) {
 	}
 	if code, out, _ := run(t, "install", "--show-values"); code != 0 || !strings.Contains(out, "kubeProxyReplacement: true") {
 		t.Error("install --show-values shows no values")
+	}
+}
+
+// What the commands ask for, the agent has.
+func TestEveryTableOfTheCommandsIsServed(t *testing.T) {
+	a := &app{}
+	for _, c := range a.bpfCommand().Commands() {
+		list := c.Commands()[0]
+		names := []string{c.Name()}
+		list.Flags().VisitAll(func(f *pflag.Flag) {
+			if f.Value.Type() == "bool" {
+				names = append(names, c.Name()+"-"+f.Name)
+			}
+		})
+		for _, name := range names {
+			if !slices.Contains(server.Dumps, name) && name != c.Name()+"-help" {
+				t.Errorf("lash bpf %s: the agent serves no table %q", c.Name(), name)
+			}
+		}
 	}
 }
