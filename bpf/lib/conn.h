@@ -146,9 +146,12 @@ static __always_inline bool tcp_opens(const struct pkt *p)
 	return (p->tcp & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
 }
 
-/* conn_closed: what is left of the connection does not bind a new SYN. */
+/* conn_closed: what is left of the connection does not bind a new SYN. Of one whose backend answers by itself
+ * only the client's end is seen where it came in. */
 static __always_inline bool conn_closed(const struct conn *c)
 {
+	if ((c->flags & CONN_DSR) && (c->state & STATE_FIN_BOTH))
+		return true;
 	return (c->state & STATE_CLOSED) || (c->state & STATE_FIN_BOTH) == STATE_FIN_BOTH;
 }
 

@@ -26,7 +26,7 @@ func (d *Datapath) Forget(ctx context.Context, destroy func(cookies map[uint64]b
 	}
 	var conns []bpf.ConnKey
 	err = listBatch(d.maps["lash_conn"], "lash_conn", func(k bpf.ConnKey, c bpf.Conn) {
-		if c.Flags&bpf.ConnDNAT != 0 && c.Service != 0 && gone(c.Service, c.ToAddr, c.ToPort) {
+		if leadsTo(gone, c) {
 			conns = append(conns, k)
 		}
 	})
@@ -69,7 +69,7 @@ func (d *Datapath) Forget(ctx context.Context, destroy func(cookies map[uint64]b
 	if f.Pins, err = removeAll(ctx, d.maps["lash_sock_pin"], pins); err != nil {
 		return f, fmt.Errorf("choice of a socket: %w", err)
 	}
-	if f.Connections, err = removeAll(ctx, d.maps["lash_conn"], conns); err != nil {
+	if f.Connections, err = d.forgetConnections(ctx, conns, gone); err != nil {
 		return f, fmt.Errorf("connection: %w", err)
 	}
 	if len(cookies) > 0 && destroy != nil {
@@ -82,6 +82,31 @@ func (d *Datapath) Forget(ctx context.Context, destroy func(cookies map[uint64]b
 		return f, fmt.Errorf("socket: %w", err)
 	}
 	return f, nil
+}
+
+// leadsTo: the connection leads to a backend that is gone.
+func leadsTo(gone func(service uint32, addr bpf.Addr, port bpf.BE16) bool, c bpf.Conn) bool {
+	return c.Flags&bpf.ConnDNAT != 0 && c.Service != 0 && gone(c.Service, c.ToAddr, c.ToPort)
+}
+
+// forgetConnections removes those of the keys that lead to a backend that is gone still: a client may have used the ports
+// again since they were listed.
+func (d *Datapath) forgetConnections(ctx context.Context, keys []bpf.ConnKey, gone func(service uint32, addr bpf.Addr, port bpf.BE16) bool) (n int, err error) {
+	conns := d.maps["lash_conn"]
+	for _, k := range keys {
+		if ctx.Err() != nil {
+			return n, ctx.Err()
+		}
+		var c bpf.Conn
+		if conns.Lookup(&k, &c) != nil || !leadsTo(gone, c) {
+			continue
+		}
+		if err := remove(conns, &k); err != nil {
+			return n, err
+		}
+		n++
+	}
+	return n, nil
 }
 
 // strangers tells whether a backend is no member of a service port.

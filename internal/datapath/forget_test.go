@@ -15,6 +15,24 @@ import (
 )
 
 // What is remembered of a backend that is gone is forgotten, of one that keeps its connections it is not.
+// A client uses the ports of a connection to a backend that is gone again, after that one was listed and before it is
+// removed: the new connection stays.
+func TestForgettingSparesConnectionsThatCameMeanwhile(t *testing.T) {
+	d := serviceMaps(t)
+	lost := func(_ uint32, _ bpf.Addr, port bpf.BE16) bool { return port == 1 }
+	stays, goes := bpf.ConnKey{LoPort: 1, Proto: 6}, bpf.ConnKey{LoPort: 2, Proto: 6}
+	for k, port := range map[bpf.ConnKey]bpf.BE16{stays: 2, goes: 1} {
+		if err := d.maps["lash_conn"].Put(&k, &bpf.Conn{Flags: bpf.ConnDNAT, Service: 9, ToPort: port}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n, err := d.forgetConnections(context.Background(), []bpf.ConnKey{stays, goes, {LoPort: 3}}, lost)
+	var c bpf.Conn
+	if err != nil || n != 1 || d.maps["lash_conn"].Lookup(&stays, &c) != nil || d.maps["lash_conn"].Lookup(&goes, &c) == nil {
+		t.Errorf("%d forgotten, %v", n, err)
+	}
+}
+
 func TestForgetRemovedBackends(t *testing.T) {
 	d := serviceMaps(t)
 	ctx := context.Background()

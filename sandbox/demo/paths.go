@@ -29,10 +29,12 @@ type path struct {
 
 // paths are those through which services are reached: from a pod at the socket and packet by packet, and from outside.
 func (w *world) paths(ctx context.Context) ([]path, error) {
-	client := w.client["n1"]
-	pid, err := w.c.Exec(ctx, "n1", "sh", "-c", "ctr -n k8s.io tasks ls | grep '^"+client.container+" ' | tr -s ' ' | cut -d' ' -f2")
+	// Another pod than the one whose sockets are translated: the kernel gives both kinds of connections of one pod the same
+	// ports now and then, and towards a backend they would be one.
+	client, beside := w.client["n1"], w.web["n1"]
+	pid, err := w.c.Exec(ctx, "n1", "sh", "-c", "ctr -n k8s.io tasks ls | grep '^"+beside.container+" ' | tr -s ' ' | cut -d' ' -f2")
 	if pid = strings.TrimSpace(pid); err != nil || pid == "" {
-		return nil, fmt.Errorf("find the process of pod %s: %w", client.name, err)
+		return nil, fmt.Errorf("find the process of pod %s: %w", beside.name, err)
 	}
 	accelerated, err := w.acceleration(ctx)
 	if err != nil {

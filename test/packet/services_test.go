@@ -582,6 +582,24 @@ func TestDirectServerReturn(t *testing.T) {
 		}
 	}
 	tests = append(tests,
+		test{name: "closed by its client and opened again it may get another backend", config: "dsr", steps: func(f family) []step {
+			tcp := func(flags string) packet {
+				return packet{src: f.outside, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: flags}
+			}
+			to := func(port uint16) step {
+				return step{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, port)}, flags: flags})}
+			}
+			return []step{
+				to(portTarget),
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowNew), check: ends(f.outside, 1000, f.far, portTarget)},
+				to(portTarget + 1),
+				// The backend's end of it is never seen here. While it lives, it stays where it is.
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowReopened), check: ends(f.outside, 1000, f.far, portTarget)},
+				{at: netdev, pkt: tcp("FA"), want: egress(bpf.SlowNot), check: ends(f.outside, 1000, f.far, portTarget)},
+				{at: netdev, pkt: tcp("A"), want: egress(bpf.SlowNot), check: ends(f.outside, 1000, f.far, portTarget)},
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowReopened), check: ends(f.outside, 1000, f.far, portTarget+1)},
+			}
+		}},
 		test{name: "another node's NodePort", config: "dsr", steps: func(f family) []step {
 			p := option(f.peer, portNode)
 			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
