@@ -97,14 +97,12 @@ func (d *Datapath) forgetConnections(ctx context.Context, keys []bpf.ConnKey, go
 		if ctx.Err() != nil {
 			return n, ctx.Err()
 		}
-		var c bpf.Conn
-		if conns.Lookup(&k, &c) != nil || !leadsTo(gone, c) {
-			continue
-		}
-		if err := remove(conns, &k); err != nil {
+		switch removed, err := removeConnection(conns, k, func(c bpf.Conn) bool { return leadsTo(gone, c) }); {
+		case err != nil:
 			return n, err
+		case removed:
+			n++
 		}
-		n++
 	}
 	return n, nil
 }

@@ -77,14 +77,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		return s, err
 	}
 	for _, k := range doomed {
-		var c bpf.Conn
-		if conns.Lookup(&k, &c) != nil {
-			continue
-		}
-		if int32(now-c.Expires) <= 0 && !gone.of(k, c) {
-			continue // a new connection of the same tuple
-		}
-		if err = remove(conns, &k); err != nil {
+		if _, err = removeConnection(conns, k, func(c bpf.Conn) bool { return int32(now-c.Expires) > 0 || gone.of(k, c) }); err != nil {
 			return s, fmt.Errorf("connection %v: %w", k, err)
 		}
 		if err = ctx.Err(); err != nil {
@@ -109,6 +102,34 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		}
 	}
 	return s, nil
+}
+
+// removeConnection removes a record if it is doomed still. Its tuple may have become another connection's since it was
+// listed, and may at any moment: what is taken out is looked at, too, and goes back if it is alive.
+func removeConnection(conns *ebpf.Map, k bpf.ConnKey, doomed func(bpf.Conn) bool) (bool, error) {
+	var c bpf.Conn
+	if err := conns.Lookup(&k, &c); err != nil || !doomed(c) {
+		return false, missing(err)
+	}
+	if err := conns.LookupAndDelete(&k, &c); err != nil {
+		return false, missing(err)
+	}
+	if doomed(c) {
+		return true, nil
+	}
+	err := conns.Update(&k, &c, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		err = nil // a packet has made it anew
+	}
+	return false, err
+}
+
+// missing is no error: somebody else has removed the row.
+func missing(err error) error {
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
 }
 
 // end is one side of a connection.

@@ -213,3 +213,32 @@ func TestSweepOfTranslations(t *testing.T) {
 	check(2, "2001/0 2002/0 2002/2 2004/0", "2001 2002 2004 2006")
 	check(0, "2001/0 2002/0 2004/0", "2001 2002 2004 2006") // the lock was there twice
 }
+
+// A tuple that becomes another connection's between the look and the removal keeps its record.
+func TestRemovalSparesWhatCameMeanwhile(t *testing.T) {
+	d := withMaps(t, Config{})
+	conns := d.maps["lash_conn"]
+	k := bpf.ConnKey{LoPort: 1, HiPort: 2, Proto: 17}
+	for _, meanwhile := range []bool{false, true} {
+		old, fresh := bpf.Conn{Expires: 1}, bpf.Conn{Expires: 9}
+		if err := conns.Put(&k, &old); err != nil {
+			t.Fatal(err)
+		}
+		removed, err := removeConnection(conns, k, func(c bpf.Conn) bool {
+			if meanwhile && c.Expires == old.Expires {
+				if err := conns.Put(&k, &fresh); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return c.Expires == old.Expires
+		})
+		var left bpf.Conn
+		there := conns.Lookup(&k, &left) == nil
+		if err != nil || removed == meanwhile || there != meanwhile || meanwhile && left.Expires != fresh.Expires {
+			t.Errorf("meanwhile %v: removed %v, %v; left %v %+v", meanwhile, removed, err, there, left)
+		}
+	}
+	if removed, err := removeConnection(conns, bpf.ConnKey{LoPort: 7}, func(bpf.Conn) bool { return true }); removed || err != nil {
+		t.Errorf("no record: %v, %v", removed, err)
+	}
+}
