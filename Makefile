@@ -54,7 +54,7 @@ unit: bpf
 check: lint unit ## the quick layer
 
 packet: bpf
-	$(SAY) 'packet: every tc program and XDP's on single packets (BPF_PROG_TEST_RUN), and the fuzzers on their seeds'
+	$(SAY) 'packet: every tc and XDP program on single packets (BPF_PROG_TEST_RUN), and the fuzzers on their seeds'
 	go test -count=1 ./test/packet
 
 FUZZTIME ?= 1m
