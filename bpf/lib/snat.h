@@ -188,6 +188,13 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 	return 0;
 }
 
+/* nat_ports: the packet has a source port that translation may change; of an echo request it is the identifier. */
+static __always_inline bool nat_ports(const struct pkt *p)
+{
+	return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP ||
+	       ((p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO));
+}
+
 /* nat_full notes that no port was found towards the packet's destination; the agent tells who has them.
  * lately: it only looks whether that was so a moment ago. */
 static __noinline bool nat_full(struct scratch *scratch, struct pkt *p, bool lately)
@@ -223,18 +230,17 @@ __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn *c, s
 {
 	__u32 near = cfg_snat_max - cfg_snat_min + 1, all = near, zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	bool request, ports, opens;
+	bool ports, opens;
 	int err = 1;
 
 	if (!scratch || !p || !c || !nat)
 		return -DROP_NAT_EXHAUSTED;
 	if (cfg_snat_far_max)
 		all += cfg_snat_far_max - cfg_snat_far_min + 1;
-	request = (p->flags & PKT_ECHO) && p->icmp_type == (p->v6 ? ICMP6_ECHO : ICMP4_ECHO);
-	ports = p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || request;
+	ports = nat_ports(p);
 	if (!ports && (p->flags & PKT_PORTS) == 0 && p->proto != IPPROTO_SCTP && p->sport)
 		return DROP(p, DROP_NAT_PROTO);
-	if ((p->flags & PKT_ECHO) && !request)
+	if ((p->flags & PKT_ECHO) && !ports)
 		return DROP(p, DROP_NAT_PROTO); /* a reply that nobody asked for: its identifier is the other side's */
 	opens = p->proto == IPPROTO_TCP && tcp_opens(p);
 	scratch->nat = *nat;
@@ -302,7 +308,8 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 	bool from_hi;
 	int err;
 
-	if (!scratch)
+	/* What has no port cannot have another: neighbour discovery, above all. */
+	if (!scratch || !nat_ports(p))
 		return VERDICT_OK;
 	from_hi = pkt_key(&scratch->key, p);
 	owner = bpf_map_lookup_elem(&lash_nat, &scratch->key);

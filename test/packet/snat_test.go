@@ -74,6 +74,23 @@ func TestTheNodesSocketsAndMasqueradingShareNoTuple(t *testing.T) {
 	}
 }
 
+// What has no port has no tuple to share: the node's goes out although a pod's of the same kind is masqueraded.
+func TestTheNodesPacketsWithoutPortsPass(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			p := n.load(t, "one port")
+			p.forget(t)
+			defer p.forget(t)
+			if _, err := p.run(fromA(frame(packet{src: f.a, dst: f.outside, l4: "gre"}))); err != nil {
+				t.Fatal(err)
+			}
+			p.count(t, &outcome{})
+			p.must(t, leaving(frame(packet{src: f.node, dst: f.outside, l4: "gre"})), pass())
+		})
+	}
+}
+
 // In the tunnel the node's address is its router address, which from_host sees.
 func TestTheNodesSocketsKeepOffTranslatedTuplesInTheTunnel(t *testing.T) {
 	n := theNode(t)
