@@ -161,7 +161,7 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 		owner = NULL;
 	}
 	when = bpf_map_lookup_elem(&lash_snat_ports, &number);
-	if (!own && when)
+	if (!own && when && number) /* 0: packets without ports, which from_netdev tells by their protocol */
 		*when = now | 1;
 	if (!owner) {
 		err = bpf_map_update_elem(&lash_nat, nk, k, BPF_NOEXIST);

@@ -61,7 +61,7 @@ func (s *snatPorts) when(port uint16) uint32 { return atomic.LoadUint32(s.at(por
 
 // claimed are the ports by which packets of the record's connection are told from the node's own.
 func claimed(k bpf.ConnKey, c bpf.Conn) (out []uint16) {
-	if c.Flags&bpf.ConnNAT != 0 {
+	if c.Flags&bpf.ConnNAT != 0 && c.NATPort != 0 { // 0: of packets without ports
 		out = append(out, c.NATPort.Host())
 	}
 	if k.Kind == bpf.KeyNode {

@@ -87,6 +87,10 @@ func TestTheNodesPacketsWithoutPortsPass(t *testing.T) {
 			}
 			p.count(t, &outcome{})
 			p.must(t, leaving(frame(packet{src: f.node, dst: f.outside, l4: "gre"})), pass())
+			var claimed uint32
+			if err := p.dp.Map("lash_snat_ports").Lookup(uint32(0), &claimed); err != nil || claimed != 0 {
+				t.Errorf("port 0 is marked as claimed (%d, %v): the node's packets without ports are searched for", claimed, err)
+			}
 		})
 	}
 }
