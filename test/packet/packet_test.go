@@ -159,7 +159,12 @@ func runTests(t *testing.T, tests []test) {
 				p.unserve(t)
 				var last []byte
 				for i, s := range steps {
-					if !t.Run(fmt.Sprint(i+1), func(t *testing.T) { last = p.step(t, s, last) }) {
+					if !t.Run(fmt.Sprint(i+1), func(t *testing.T) {
+						if s.do == nil {
+							unhurried(t, p)
+						}
+						last = p.step(t, s, last)
+					}) {
 						break
 					}
 				}
@@ -183,7 +188,6 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 	in := s.at(raw)
 	in.gso, in.summed = s.gso, p.sums && read(raw) != nil && in.program != "xdp_entry"
 	in.mark, in.serving = 0x80000001, p.serving
-	unhurried(t, p)
 	out, err := p.run(in)
 	if err != nil {
 		t.Fatalf("%v\nin %x", err, in.frame)
