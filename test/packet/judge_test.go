@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"testing"
 
 	"github.com/lash-net/lash/bpf"
 )
@@ -247,4 +248,17 @@ func judgeAddresses(in input, out outcome, before, after *header) error {
 		}
 	}
 	return nil
+}
+
+// translated wants the packet to come from the node and from a masquerading port.
+func translated(f family) func(*testing.T, []byte, []byte) {
+	return func(t *testing.T, in, out []byte) {
+		was, h := read(in), read(out)
+		if h.src != f.node || h.dst != was.dst {
+			t.Errorf("from %s to %s, want from %s to %s", h.src, h.dst, f.node, was.dst)
+		}
+		if !h.later && h.proto != protoSCTP && h.sport != 0 && (h.sport < 30000 || h.sport > 39999) {
+			t.Errorf("source port %d", h.sport)
+		}
+	}
 }
