@@ -311,8 +311,13 @@ func lashSame(t *Topology) (Pair, error) {
 	if err != nil {
 		return Pair{}, err
 	}
+	return c.neighbours(), nil
+}
+
+// neighbours are the two pods of the first node.
+func (c *lashCluster) neighbours() Pair {
 	a, b := c.pods[0], c.pods[1]
-	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, nil
+	return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
 }
 
 func lashAcross(m mode) func(*Topology) (Pair, error) {

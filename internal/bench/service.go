@@ -67,8 +67,7 @@ func lashHooks(m mode) func(*Topology) (Pair, error) {
 		if err != nil {
 			return Pair{}, err
 		}
-		a, b := c.pods[0], c.pods[1]
-		pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
+		pair := c.neighbours()
 		pair.Group, err = t.hooked(c)
 		return pair, err
 	}
@@ -92,8 +91,7 @@ func lashPackets(m mode) func(*Topology) (Pair, error) {
 		if err != nil {
 			return Pair{}, err
 		}
-		a, b := c.pods[0], c.pods[1]
-		pair := Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}
+		pair := c.neighbours()
 		return pair, c.serve(&pair)
 	}
 }
