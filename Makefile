@@ -70,7 +70,7 @@ shared-ports: bpf ## pods, NodePorts and the node's sockets on the same source p
 
 netns: bpf
 	$(SAY) 'netns: the datapath with real traffic in network namespaces'
-	go test -count=1 -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
+	go test -count=1 -timeout 40m -v -run . ./test/netns | grep -vE '^ *(=== RUN|cluster_test)'; exit $${PIPESTATUS[0]}
 
 e2e: image
 	$(SAY) 'e2e: three nodes of real Kubernetes; natively routed, then by the tunnel: resilience, changes of mode'

@@ -107,7 +107,8 @@ func newClient(t *testing.T, ns, group *os.File) *client {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), clientVariable+"=1")
+	// A socket with a timeout gives its call up at any signal (signal(7)), the runtime's own preemption among them.
+	cmd.Env = append(os.Environ(), clientVariable+"=1", "GODEBUG=asyncpreemptoff=1")
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
 	in, err := cmd.StdinPipe()
