@@ -31,7 +31,7 @@ func (a *agent) startIdentities(g *group) error {
 	loop := reconcile.New(reconcile.Config[model.Labels, identity.Need]{
 		Name: "identities", Target: identity.Allocator{Tables: a.tables, Store: a.api}, Desired: identity.Pending(a.tables),
 		Equal: reconcile.Comparable[identity.Need], Report: a.tables.Report, Log: a.log,
-		Throttle: rowThrottle, Parallel: apiParallel, Reread: apiReread,
+		Throttle: rowThrottle, Parallel: apiParallel, Independent: true, Reread: apiReread,
 	})
 	g.start("identity-stage", func(ctx context.Context) error { return stage.Run(ctx, a.tables.DB) })
 	g.start("identities", loop.Run)
@@ -46,7 +46,7 @@ func (a *agent) startPublishing(g *group) {
 	})
 	loop := reconcile.New(reconcile.Config[string, state.PublishedEndpoint]{
 		Name: "cilium-endpoints", Target: target, Desired: identity.Published(a.tables), Equal: state.PublishedEndpoint.Same,
-		Report: a.tables.Report, Log: a.log, Throttle: rowThrottle, Parallel: apiParallel, Reread: apiReread,
+		Report: a.tables.Report, Log: a.log, Throttle: rowThrottle, Parallel: apiParallel, Independent: true, Reread: apiReread,
 	})
 	g.start("cilium-endpoints", func(ctx context.Context) error {
 		_, read := a.tables.CiliumEndpoints.Initialized(a.tables.DB.ReadTxn())

@@ -71,6 +71,9 @@ type Config[K comparable, V any] struct {
 	// Parallel is how many puts, and then how many deletes, run at the same time, for targets that are reached over a
 	// network; default 1. With Compare it must be 1.
 	Parallel int
+	// Independent says that no row of the target needs another, or its deletion: a pass begins writes and does not wait
+	// for them, so that a slow answer holds up nothing but its own row.
+	Independent bool
 	// Reread is the time after which the target is listed again, default 5 minutes.
 	Reread time.Duration
 	// RetryMin and RetryMax bound the delay before a failed row or list is tried again, default 100 ms and 30 s.
@@ -91,11 +94,25 @@ type Loop[K comparable, V any] struct {
 	listFail retry
 	readAt   time.Time
 	health   Health
+	busy     map[K]struct{} // rows of an Independent target that are being written
+	again    map[K]struct{} // rows whose write has ended since the last pass: something else may be wanted by now
+
+	writes sync.WaitGroup
+	slots  chan struct{}
 
 	mu      sync.Mutex
 	waiters []waiter[K]
 	refresh bool
+	ended   []write[K, V]
 	kick    chan struct{}
+}
+
+// write is one put or delete.
+type write[K comparable, V any] struct {
+	key K
+	put bool
+	row V
+	err error
 }
 
 type retry struct {
@@ -127,6 +144,9 @@ func New[K comparable, V any](cfg Config[K, V]) *Loop[K, V] {
 		cfg:     cfg,
 		unknown: map[K]struct{}{},
 		retry:   map[K]retry{},
+		busy:    map[K]struct{}{},
+		again:   map[K]struct{}{},
+		slots:   make(chan struct{}, max(1, cfg.Parallel)),
 		health:  Health{Name: cfg.Name},
 		kick:    make(chan struct{}, 1),
 	}
@@ -135,6 +155,7 @@ func New[K comparable, V any](cfg Config[K, V]) *Loop[K, V] {
 // Run applies the wanted rows until ctx ends. It returns nil then; the target keeps what it has.
 func (l *Loop[K, V]) Run(ctx context.Context) error {
 	defer l.answerAll(context.Canceled)
+	defer l.writes.Wait()
 	for ctx.Err() == nil {
 		l.mu.Lock()
 		waiters := l.waiters
@@ -144,6 +165,10 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 		}
 		l.mu.Unlock()
 
+		if len(waiters) > 0 {
+			l.writes.Wait()
+		}
+		l.collect()
 		started := time.Now()
 		snap := l.cfg.Desired()
 		throttle := l.cfg.Throttle
@@ -151,6 +176,10 @@ func (l *Loop[K, V]) Run(ctx context.Context) error {
 			throttle = max(throttle, 9*time.Since(started))
 		}
 		l.pass(ctx, snap, waiters)
+		if len(waiters) > 0 {
+			l.writes.Wait()
+			l.collect()
+		}
 		l.answer(waiters)
 		if !l.wait(ctx, time.Until(l.next()), snap.Changed) {
 			continue
@@ -216,8 +245,8 @@ func (l *Loop[K, V]) next() time.Time {
 		return l.listFail.at
 	}
 	at := l.readAt.Add(l.cfg.Reread)
-	for _, r := range l.retry {
-		if r.at.Before(at) {
+	for k, r := range l.retry {
+		if _, busy := l.busy[k]; !busy && r.at.Before(at) {
 			at = r.at
 		}
 	}
@@ -233,6 +262,8 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 		if l.actual == nil && len(waiters) == 0 && now.Before(l.listFail.at) {
 			return
 		}
+		l.writes.Wait() // what is read is not on its way
+		l.collect()
 		if err := l.read(ctx, now); err != nil {
 			l.report(now, fmt.Errorf("list: %w", err))
 			return
@@ -248,61 +279,42 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 	}
 
 	// Puts before deletes, so that a lookup never misses in between.
-	var puts, deletes int
-	var write []K
+	var todo []write[K, V]
 	look := maps.Keys(snap.Rows)
 	if partial {
 		look = l.touched(snap)
 	}
 	for _, k := range l.sorted(look) {
-		if _, wanted := snap.Rows[k]; !wanted {
+		row, wanted := snap.Rows[k]
+		if _, busy := l.busy[k]; busy || !wanted {
 			continue
 		}
 		have, ok := l.actual[k]
 		_, doubt := l.unknown[k]
-		if ok && !doubt && l.cfg.Equal(have, snap.Rows[k]) {
+		if ok && !doubt && l.cfg.Equal(have, row) {
 			delete(l.retry, k)
 			continue
 		}
 		if r, ok := l.retry[k]; ok && now.Before(r.at) {
 			continue
 		}
-		write = append(write, k)
+		todo = append(todo, write[K, V]{key: k, put: true, row: row})
 	}
-	put := func(k K) error { return l.cfg.Target.Put(ctx, k, snap.Rows[k]) }
-	for k, err := range l.each(ctx, write, put) {
-		if err != nil {
-			// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
-			l.unknown[k] = struct{}{}
-			l.failed(k, now, fmt.Errorf("put %v: %w", k, err))
-			continue
-		}
-		puts++
-		l.actual[k] = snap.Rows[k]
-		delete(l.unknown, k)
-		delete(l.retry, k)
-	}
+	done := l.write(ctx, todo)
 
 	if snap.Complete && ctx.Err() == nil {
 		have := l.known()
 		if partial {
 			have = l.touched(snap)
 		}
-		unwanted := slices.DeleteFunc(l.unwanted(have, snap.Rows), func(k K) bool {
-			r, ok := l.retry[k]
-			return ok && now.Before(r.at)
-		})
-		for k, err := range l.each(ctx, unwanted, func(k K) error { return l.cfg.Target.Delete(ctx, k) }) {
-			if err != nil {
-				l.unknown[k] = struct{}{}
-				l.failed(k, now, fmt.Errorf("delete %v: %w", k, err))
-				continue
+		todo = nil
+		for _, k := range l.unwanted(have, snap.Rows) {
+			_, busy := l.busy[k]
+			if r, failed := l.retry[k]; !busy && !(failed && now.Before(r.at)) {
+				todo = append(todo, write[K, V]{key: k})
 			}
-			deletes++
-			delete(l.actual, k)
-			delete(l.unknown, k)
-			delete(l.retry, k)
 		}
+		done = append(done, l.write(ctx, todo)...)
 	} else {
 		// A row that was wanted once, failed and is no longer wanted must not keep the loop unhealthy.
 		for k := range l.retry {
@@ -311,43 +323,118 @@ func (l *Loop[K, V]) pass(ctx context.Context, snap Snapshot[K, V], waiters []wa
 			}
 		}
 	}
-	if puts+deletes > 0 {
-		l.cfg.Log.Debug("target written", "loop", l.cfg.Name, "puts", puts, "deletes", deletes)
-		if l.cfg.Written != nil {
-			l.cfg.Written(puts, deletes)
-		}
-	}
+	clear(l.again)
+	l.wrote(done)
 	l.report(now, l.errors())
 }
 
-// each calls do for every key until ctx ends, as many at a time as Parallel says, and yields what became of each.
-func (l *Loop[K, V]) each(ctx context.Context, keys []K, do func(K) error) iter.Seq2[K, error] {
-	return func(yield func(K, error) bool) {
-		if l.cfg.Parallel <= 1 {
-			for _, k := range keys {
-				if ctx.Err() != nil || !yield(k, do(k)) {
-					return
-				}
-			}
-			return
+// write does the writes and returns them; those of an Independent target it begins, and collect learns of their ends.
+func (l *Loop[K, V]) write(ctx context.Context, todo []write[K, V]) []write[K, V] {
+	do := func(w write[K, V]) error {
+		if w.put {
+			return l.cfg.Target.Put(ctx, w.key, w.row)
 		}
-		errs, tried := make([]error, len(keys)), make([]bool, len(keys))
-		var next atomic.Int64
-		var wg sync.WaitGroup
-		for range min(l.cfg.Parallel, len(keys)) {
-			wg.Go(func() {
-				for i := next.Add(1) - 1; i < int64(len(keys)) && ctx.Err() == nil; i = next.Add(1) - 1 {
-					errs[i], tried[i] = do(keys[i]), true
-				}
-			})
-		}
-		wg.Wait()
-		for i, k := range keys {
-			if tried[i] && !yield(k, errs[i]) {
-				return
-			}
+		return l.cfg.Target.Delete(ctx, w.key)
+	}
+	if !l.cfg.Independent {
+		return l.each(ctx, todo, do)
+	}
+	for _, w := range todo {
+		l.busy[w.key] = struct{}{}
+		l.writes.Go(func() {
+			l.slots <- struct{}{}
+			w.err = do(w)
+			<-l.slots
+			l.mu.Lock()
+			l.ended = append(l.ended, w)
+			l.mu.Unlock()
+			l.Kick()
+		})
+	}
+	return nil
+}
+
+// collect takes note of writes that have ended since.
+func (l *Loop[K, V]) collect() {
+	l.mu.Lock()
+	ended := l.ended
+	l.ended = nil
+	l.mu.Unlock()
+	for _, w := range ended {
+		delete(l.busy, w.key)
+		l.again[w.key] = struct{}{}
+		l.know(w)
+	}
+	l.wrote(ended)
+}
+
+// know takes note of what a write did to the target.
+func (l *Loop[K, V]) know(w write[K, V]) {
+	verb := "delete"
+	if w.put {
+		verb = "put"
+	}
+	if w.err != nil {
+		// What a failed write left behind is not known, so an equal row is written again and an unwanted one deleted.
+		l.unknown[w.key] = struct{}{}
+		l.failed(w.key, time.Now(), fmt.Errorf("%s %v: %w", verb, w.key, w.err))
+		return
+	}
+	delete(l.unknown, w.key)
+	delete(l.retry, w.key)
+	if w.put {
+		l.actual[w.key] = w.row
+	} else {
+		delete(l.actual, w.key)
+	}
+}
+
+// wrote tells what changed the target.
+func (l *Loop[K, V]) wrote(all []write[K, V]) {
+	puts, deletes := 0, 0
+	for _, w := range all {
+		switch {
+		case w.err != nil:
+		case w.put:
+			puts++
+		default:
+			deletes++
 		}
 	}
+	if puts+deletes == 0 {
+		return
+	}
+	l.cfg.Log.Debug("target written", "loop", l.cfg.Name, "puts", puts, "deletes", deletes)
+	if l.cfg.Written != nil {
+		l.cfg.Written(puts, deletes)
+	}
+}
+
+// each does the writes until ctx ends, as many at a time as Parallel says, and returns those that it did.
+func (l *Loop[K, V]) each(ctx context.Context, todo []write[K, V], do func(write[K, V]) error) (done []write[K, V]) {
+	tried := make([]bool, len(todo))
+	var next atomic.Int64
+	work := func() {
+		for i := next.Add(1) - 1; i < int64(len(todo)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+			todo[i].err, tried[i] = do(todo[i]), true
+		}
+	}
+	if n := min(l.cfg.Parallel, len(todo)); n > 1 {
+		var wg sync.WaitGroup
+		for range n {
+			wg.Go(work)
+		}
+		wg.Wait()
+	} else {
+		work()
+	}
+	for i, w := range todo {
+		if tried[i] {
+			done = append(done, w)
+			l.know(w)
+		}
+	}
+	return done
 }
 
 func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
@@ -367,16 +454,15 @@ func (l *Loop[K, V]) read(ctx context.Context, now time.Time) error {
 
 // touched are the rows that a partial snapshot makes worth a look: its own, and those that earlier passes left undone.
 func (l *Loop[K, V]) touched(snap Snapshot[K, V]) iter.Seq[K] {
-	set := make(map[K]struct{}, len(snap.Touched)+len(l.retry)+len(l.unknown))
+	set := make(map[K]struct{}, len(snap.Touched)+len(l.retry)+len(l.unknown)+len(l.again))
 	for _, k := range snap.Touched {
 		set[k] = struct{}{}
 	}
 	for k := range l.retry {
 		set[k] = struct{}{}
 	}
-	for k := range l.unknown {
-		set[k] = struct{}{}
-	}
+	maps.Copy(set, l.unknown)
+	maps.Copy(set, l.again)
 	return maps.Keys(set)
 }
 

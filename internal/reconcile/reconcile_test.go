@@ -306,6 +306,12 @@ func TestSyncReturnsTheErrorsOfItsRowsOnly(t *testing.T) {
 
 // Any order of changes with any failures ends in the same state once the failures stop.
 func TestShuffledChangesAndFaultsConverge(t *testing.T) {
+	for _, independent := range []bool{false, true} {
+		t.Run(fmt.Sprintf("independent=%v", independent), func(t *testing.T) { shuffle(t, independent) })
+	}
+}
+
+func shuffle(t *testing.T, apart bool) {
 	for seed := range uint64(30) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -322,7 +328,18 @@ func TestShuffledChangesAndFaultsConverge(t *testing.T) {
 					}
 					return nil
 				}
-				start(t, src, tgt)
+				if apart {
+					to := newSlow(tgt)
+					to.delay = map[string]time.Duration{"k1": time.Millisecond, "k2": 30 * time.Millisecond}
+					defer func() {
+						if to.clash != "" {
+							t.Errorf("two writes of %s at the same time", to.clash)
+						}
+					}()
+					independent(t, src, to)
+				} else {
+					start(t, src, tgt)
+				}
 				rows := map[string]int{}
 				for range 200 {
 					k := fmt.Sprintf("k%d", rng.IntN(10))
@@ -419,31 +436,50 @@ func TestOnlyWholeSnapshotsAreRationed(t *testing.T) {
 	}
 }
 
-// slow is a target reached over a network: every write takes a second.
+func newSlow(fault *Fault[string, int]) *slow { return &slow{Fault: fault, writing: map[string]bool{}} }
+
+// slow is a target reached over a network: its writes take a second, or as long as delay says.
 type slow struct {
 	*Fault[string, int]
-	mu        sync.Mutex
-	now, most int
+	delay map[string]time.Duration
+
+	mu      sync.Mutex
+	writing map[string]bool
+	clash   string // a row that was written twice at the same time
+	most    int
 }
 
-func (s *slow) write(f func() error) error {
+func (s *slow) write(ctx context.Context, k string, f func() error) error {
 	s.mu.Lock()
-	s.now++
-	s.most = max(s.most, s.now)
+	if s.writing[k] {
+		s.clash = k
+	}
+	s.writing[k] = true
+	s.most = max(s.most, len(s.writing))
 	s.mu.Unlock()
-	time.Sleep(time.Second)
-	s.mu.Lock()
-	s.now--
-	s.mu.Unlock()
-	return f()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.writing, k)
+	}()
+	delay, ok := s.delay[k]
+	if !ok {
+		delay = time.Second
+	}
+	select {
+	case <-time.After(delay):
+		return f()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (s *slow) Put(ctx context.Context, k string, v int) error {
-	return s.write(func() error { return s.Fault.Put(ctx, k, v) })
+	return s.write(ctx, k, func() error { return s.Fault.Put(ctx, k, v) })
 }
 
 func (s *slow) Delete(ctx context.Context, k string) error {
-	return s.write(func() error { return s.Fault.Delete(ctx, k) })
+	return s.write(ctx, k, func() error { return s.Fault.Delete(ctx, k) })
 }
 
 func TestParallelWritesOfASlowTarget(t *testing.T) {
@@ -459,7 +495,7 @@ func TestParallelWritesOfASlowTarget(t *testing.T) {
 			}
 			return nil
 		}
-		tgt := &slow{Fault: fault}
+		tgt := newSlow(fault)
 		f := start(t, src, fault, func(c *Config[string, int]) { c.Target, c.Compare, c.Parallel = tgt, nil, 8 })
 		time.Sleep(6*time.Second + 50*time.Millisecond) // three batches of puts, three of deletes
 		synctest.Wait()
@@ -480,5 +516,69 @@ func TestParallelWritesOfASlowTarget(t *testing.T) {
 		if got := fault.Rows(); !maps.Equal(got, rows) {
 			t.Errorf("rows are %v", got)
 		}
+	})
+}
+
+// independent starts a loop that does not wait for writes, at most four at a time.
+func independent(t *testing.T, src *table, tgt *slow) fixture {
+	return start(t, src, tgt.Fault, func(c *Config[string, int]) {
+		c.Target, c.Compare, c.Parallel, c.Independent = tgt, nil, 4, true
+	})
+}
+
+func TestASlowWriteHoldsUpItsOwnRowOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		src := newTable(true, map[string]int{"slow": 1, "a": 1})
+		src.partial = true
+		tgt := newSlow(NewFault(map[string]int{"old": 1}))
+		tgt.delay = map[string]time.Duration{"slow": time.Minute}
+		f := independent(t, src, tgt)
+		time.Sleep(1100 * time.Millisecond)
+		wantRows(t, tgt.Fault, map[string]int{"a": 1})
+		src.set(true, map[string]int{"slow": 2, "b": 1}) // while the first value of slow is on its way
+		time.Sleep(1100 * time.Millisecond)
+		wantRows(t, tgt.Fault, map[string]int{"b": 1})
+		time.Sleep(time.Minute)
+		wantRows(t, tgt.Fault, map[string]int{"slow": 1, "b": 1})
+		time.Sleep(time.Minute)
+		wantRows(t, tgt.Fault, map[string]int{"slow": 2, "b": 1})
+		src.set(true, map[string]int{"slow": 3, "b": 1})
+		time.Sleep(time.Second)
+		src.set(true, map[string]int{"b": 1}) // no longer wanted while it is written
+		time.Sleep(2 * time.Minute)
+		wantRows(t, tgt.Fault, map[string]int{"b": 1})
+		if tgt.clash != "" || f.health().Rows != 1 || f.written() != 8 {
+			t.Errorf("two writes of %q at the same time, %d writes, %+v", tgt.clash, f.written(), f.health())
+		}
+	})
+}
+
+func TestAnIndependentTargetsFailuresAndLimits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rows := map[string]int{}
+		for i := range 20 {
+			rows[fmt.Sprint("k", i)] = i
+		}
+		src, tgt := newTable(true, rows), newSlow(NewFault(map[string]int{}))
+		tgt.Fail = func(op, k string) error {
+			if k == "k3" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		f := independent(t, src, tgt)
+		if err := f.loop.Sync(t.Context(), "k3", "k4"); err == nil || !strings.Contains(err.Error(), "put k3: no") {
+			t.Errorf("Sync: %v", err)
+		}
+		if h := f.health(); tgt.most != 4 || h.Failing != 1 || h.Rows != 19 {
+			t.Errorf("%d at a time, %+v", tgt.most, h)
+		}
+		tgt.Fault.mu.Lock()
+		tgt.Fail = nil
+		tgt.Fault.mu.Unlock()
+		if err := f.loop.Sync(t.Context(), "k3"); err != nil {
+			t.Errorf("Sync: %v", err)
+		}
+		wantRows(t, tgt.Fault, rows)
 	})
 }
