@@ -262,7 +262,8 @@ func TestServeDoesNotWaitForAClientThatAsksNothing(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(start); took > 700*time.Millisecond {
+	// Waiting for such a client takes net/http five seconds.
+	if took := time.Since(start); took > 4*time.Second {
 		t.Errorf("the server ended after %s", took)
 	}
 }
