@@ -63,11 +63,15 @@ func newWorker(t *testing.T) *worker {
 
 func (w *worker) do(t *testing.T, what string, f func() error) {
 	t.Helper()
-	done := make(chan error)
-	w.calls <- func() { done <- f() }
-	if err := <-done; err != nil {
+	if err := <-w.begin(f); err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
+}
+
+func (w *worker) begin(f func() error) <-chan error {
+	done := make(chan error, 1)
+	w.calls <- func() { done <- f() }
+	return done
 }
 
 type pod struct {
@@ -146,8 +150,20 @@ func newCluster(t *testing.T, o options) *cluster {
 	if o.xdp {
 		c.forXDP(t)
 	}
+	var loading []<-chan error
 	for _, nd := range c.nodes {
-		nd.setUp(t, c, o)
+		nd.wire(t, c, o)
+		loading = append(loading, nd.begin(func() error { return nd.open(c, o) })) // the kernel takes a second to verify the programs
+	}
+	for _, loaded := range loading {
+		if err := <-loaded; err != nil {
+			t.Fatalf("datapath: %v", err)
+		}
+	}
+	for _, nd := range c.nodes {
+		for i := range o.podsPerNode {
+			nd.addPod(t, i+10, o.routeMTU())
+		}
 	}
 	if o.xdp {
 		for _, nd := range c.nodes {
@@ -181,7 +197,7 @@ func (nd *node) cidr6() netip.Prefix {
 func (nd *node) router4() netip.Addr { return addr("10.0.%d.1", nd.n) }
 func (nd *node) router6() netip.Addr { return addr("fd00:0:0:%d::1", nd.n) }
 
-func (nd *node) setUp(t *testing.T, c *cluster, o options) {
+func (nd *node) wire(t *testing.T, c *cluster, o options) {
 	t.Helper()
 	ip(t, nd.ns,
 		"link add lash_host type veth peer name lash_net", "link set lash_host arp off", "link set lash_net arp off",
@@ -205,10 +221,6 @@ func (nd *node) setUp(t *testing.T, c *cluster, o options) {
 		}
 	}
 	testutil.In(t, nd.ns, "sh", "-c", "for k in net/ipv4/ip_forward net/ipv6/conf/all/forwarding net/ipv4/conf/all/rp_filter; do echo 1 > /proc/sys/$k; done")
-	nd.do(t, "datapath", func() error { return nd.open(c, o) })
-	for i := range o.podsPerNode {
-		nd.addPod(t, i+10, o.routeMTU())
-	}
 }
 
 func linkOf(name string) (int, model.MAC, error) {
