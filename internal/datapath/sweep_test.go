@@ -173,6 +173,8 @@ func TestSweepOfTranslations(t *testing.T) {
 	mark(2003, old)
 	conn(4, 2004, now, false) // is being translated
 	mark(2004, now|1)
+	conn(8, 2008, old, false) // is being translated anew
+	mark(2008, now|1)
 	mark(2005, old) // nobody has it
 	mark(2006, now|1)
 	gone, nobody := key("172.18.0.11", 2007), key("10.0.1.10", 7)
@@ -210,8 +212,8 @@ func TestSweepOfTranslations(t *testing.T) {
 			t.Errorf("marks of %s, want %s", got, marked)
 		}
 	}
-	check(2, "2001/0 2002/0 2002/2 2004/0", "2001 2002 2004 2006")
-	check(0, "2001/0 2002/0 2004/0", "2001 2002 2004 2006") // the lock was there twice
+	check(2, "2001/0 2002/0 2002/2 2004/0 2008/0", "2001 2002 2004 2006 2008")
+	check(0, "2001/0 2002/0 2004/0 2008/0", "2001 2002 2004 2006 2008") // the lock was there twice
 }
 
 // A tuple that becomes another connection's between the look and the removal keeps its record.
