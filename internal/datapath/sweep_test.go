@@ -216,6 +216,36 @@ func TestSweepOfTranslations(t *testing.T) {
 	check(0, "2001/0 2002/0 2004/0 2008/0", "2001 2002 2004 2006 2008") // the lock was there twice
 }
 
+// A record is left for a second after it has expired: a program may have found it alive just before.
+func TestSweepLeavesWhatExpiredAMomentAgo(t *testing.T) {
+	d := withMaps(t, Config{})
+	now, err := d.now()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hz, err := ticksPerSecond()
+	if err != nil {
+		t.Fatal(err)
+	}
+	minute := 60 * hz
+	for port, ago := range map[uint16]uint32{1: -minute, 2: 0, 3: 2 * hz, 4: minute} {
+		if err := d.maps["lash_conn"].Put(&bpf.ConnKey{LoPort: bpf.ToBE16(port), Proto: 17}, &bpf.Conn{Expires: now - ago}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, removed := range []int{2, 0} {
+		if s, err := d.Sweep(context.Background()); err != nil || s.Expired != removed {
+			t.Errorf("%d expired, want %d; %v", s.Expired, removed, err)
+		}
+	}
+	for port, kept := range map[uint16]bool{1: true, 2: true, 3: false, 4: false} {
+		var c bpf.Conn
+		if err := d.maps["lash_conn"].Lookup(&bpf.ConnKey{LoPort: bpf.ToBE16(port), Proto: 17}, &c); (err == nil) != kept {
+			t.Errorf("record %d: %v, want kept %v", port, err, kept)
+		}
+	}
+}
+
 // A tuple that becomes another connection's between the look and the removal keeps its record.
 func TestRemovalSparesWhatCameMeanwhile(t *testing.T) {
 	d := withMaps(t, Config{})
