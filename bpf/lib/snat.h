@@ -99,10 +99,11 @@ static __always_inline bool snat_claimed(__u32 port)
 }
 
 /* nat_needed: the connection still needs its translated tuple. patient: also after it was closed, until it
- * expires; otherwise as long as packets may be under way. */
+ * expires; otherwise as long as packets may be under way. Whoever found it alive just before it expired has
+ * a second to go on with it. */
 static __always_inline bool nat_needed(const struct conn *c, __u32 now, bool patient)
 {
-	return c && !past(now, c->expires) && (patient || !conn_closed(c) || past(c->expires + cfg_hz, now + cfg_ct_close_ticks));
+	return c && !past(now, c->expires + cfg_hz) && (patient || !conn_closed(c) || past(c->expires + cfg_hz, now + cfg_ct_close_ticks));
 }
 
 /* nat_free takes a translated tuple from a connection that needs it no more. */
@@ -303,8 +304,7 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 {
 	__u32 zero = 0, now = ticks();
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn_key *owner;
-	struct conn *c, *other;
+	struct conn *c;
 	bool from_hi;
 	int err;
 
@@ -312,13 +312,13 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 	if (!scratch || !nat_ports(p))
 		return VERDICT_OK;
 	from_hi = pkt_key(&scratch->key, p);
-	owner = bpf_map_lookup_elem(&lash_nat, &scratch->key);
+	scratch->nat_key = scratch->key;
 	scratch->key.kind = KEY_NODE;
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	if (!c || past(now, c->expires) || (tcp_opens(p) && conn_closed(c))) {
-		other = owner ? bpf_map_lookup_elem(&lash_conn, owner) : NULL;
-		if (!nat_needed(other, now, true)) {
-			if (c) /* the tuple is the node's own from here on, for all packets */
+		/* From here on the tuple is the node's own, for packets and answers: no row leads them elsewhere. */
+		if (nat_free(scratch, true)) {
+			if (c)
 				bpf_map_delete_elem(&lash_conn, &scratch->key);
 			return VERDICT_OK;
 		}

@@ -73,18 +73,16 @@ func claimed(k bpf.ConnKey, c bpf.Conn) (out []uint16) {
 
 // sweepTranslations removes rows of lash_nat that lead to no connection of theirs, locks that nobody holds any more, and
 // marks of ports that nobody has.
-func (d *Datapath) sweepTranslations(now uint32, cutShort func(error) error) (removed int, err error) {
-	hz, err := ticksPerSecond()
-	if err != nil {
-		return 0, err
-	}
+func (d *Datapath) sweepTranslations(now, hz uint32, cutShort func(error) error) (removed int, err error) {
 	nat, conns := d.maps["lash_nat"], d.maps["lash_conn"]
-	// A record gets its translation a moment after its row is made.
+	// A record gets its translation a moment after its port is marked and its row is made, and not only when it is new.
+	recent := func(when uint32) bool { return int32(now-when) <= int32(hz) }
+	marked := func(port bpf.BE16) bool { when := d.snat.when(port.Host()); return when != 0 && recent(when) }
 	stale := func(translated, owner bpf.ConnKey) (bool, bpf.Conn) {
 		var c bpf.Conn
 		err := conns.Lookup(&owner, &c)
-		return errors.Is(err, ebpf.ErrKeyNotExist) ||
-			err == nil && translatedKey(owner, c) != unordered(translated) && int32(now-c.Created) > int32(hz), c
+		return errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && translatedKey(owner, c) != unordered(translated) &&
+			!recent(c.Created) && !marked(translated.LoPort) && !marked(translated.HiPort), c
 	}
 	var used [ports]bool
 	var gone []bpf.ConnKey
@@ -143,7 +141,7 @@ func (d *Datapath) sweepTranslations(now uint32, cutShort func(error) error) (re
 	for port := range used {
 		when := d.snat.when(uint16(port))
 		// Whoever claimed it since has marked it anew.
-		if when != 0 && !used[port] && int32(now-when) > int32(hz) {
+		if when != 0 && !used[port] && !recent(when) {
 			atomic.CompareAndSwapUint32(d.snat.at(uint16(port)), when, 0)
 		}
 	}

@@ -34,13 +34,19 @@ type Swept struct{ Connections, Expired, Orphaned, Translations, Sockets int }
 
 // Sweep removes connections that have expired or whose pod or node is gone, translations
 // that lead to none, and what sockets remember of backends that are gone. A connection
-// that the datapath may still use is never removed: its row is read again right before.
+// that the datapath may still use is never removed: its row is read again right before, and
+// a program that found it alive in its last moment has a second to go on with it.
 func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	var s Swept
 	now, err := d.now()
 	if err != nil {
 		return s, err
 	}
+	hz, err := ticksPerSecond()
+	if err != nil {
+		return s, err
+	}
+	expired := func(c bpf.Conn) bool { return int32(now-c.Expires) > int32(hz) }
 	conns := d.maps["lash_conn"]
 	gone := orphans{d: d, known: map[bpf.Addr]bool{}, departed: d.takeDeparted()}
 	for p := range gone.departed {
@@ -65,7 +71,7 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 	if err = cutShort(list(conns, "lash_conn", func(k bpf.ConnKey, c bpf.Conn) {
 		s.Connections++
 		switch {
-		case int32(now-c.Expires) > 0:
+		case expired(c):
 			s.Expired++
 		case gone.of(k, c):
 			s.Orphaned++
@@ -77,14 +83,14 @@ func (d *Datapath) Sweep(ctx context.Context) (Swept, error) {
 		return s, err
 	}
 	for _, k := range doomed {
-		if _, err = removeConnection(conns, k, func(c bpf.Conn) bool { return int32(now-c.Expires) > 0 || gone.of(k, c) }); err != nil {
+		if _, err = removeConnection(conns, k, func(c bpf.Conn) bool { return expired(c) || gone.of(k, c) }); err != nil {
 			return s, fmt.Errorf("connection %v: %w", k, err)
 		}
 		if err = ctx.Err(); err != nil {
 			return s, err
 		}
 	}
-	if s.Translations, err = d.sweepTranslations(now, cutShort); err != nil {
+	if s.Translations, err = d.sweepTranslations(now, hz, cutShort); err != nil {
 		return s, err
 	}
 	var sockets []bpf.SockRevKey

@@ -173,6 +173,8 @@ func TestSweepOfTranslations(t *testing.T) {
 	mark(2003, old)
 	conn(4, 2004, now, false) // is being translated
 	mark(2004, now|1)
+	conn(8, 2008, old, false) // is being translated anew
+	mark(2008, now|1)
 	mark(2005, old) // nobody has it
 	mark(2006, now|1)
 	gone, nobody := key("172.18.0.11", 2007), key("10.0.1.10", 7)
@@ -210,8 +212,38 @@ func TestSweepOfTranslations(t *testing.T) {
 			t.Errorf("marks of %s, want %s", got, marked)
 		}
 	}
-	check(2, "2001/0 2002/0 2002/2 2004/0", "2001 2002 2004 2006")
-	check(0, "2001/0 2002/0 2004/0", "2001 2002 2004 2006") // the lock was there twice
+	check(2, "2001/0 2002/0 2002/2 2004/0 2008/0", "2001 2002 2004 2006 2008")
+	check(0, "2001/0 2002/0 2004/0 2008/0", "2001 2002 2004 2006 2008") // the lock was there twice
+}
+
+// A record is left for a second after it has expired: a program may have found it alive just before.
+func TestSweepLeavesWhatExpiredAMomentAgo(t *testing.T) {
+	d := withMaps(t, Config{})
+	now, err := d.now()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hz, err := ticksPerSecond()
+	if err != nil {
+		t.Fatal(err)
+	}
+	minute := 60 * hz
+	for port, ago := range map[uint16]uint32{1: -minute, 2: 0, 3: 2 * hz, 4: minute} {
+		if err := d.maps["lash_conn"].Put(&bpf.ConnKey{LoPort: bpf.ToBE16(port), Proto: 17}, &bpf.Conn{Expires: now - ago}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, removed := range []int{2, 0} {
+		if s, err := d.Sweep(context.Background()); err != nil || s.Expired != removed {
+			t.Errorf("%d expired, want %d; %v", s.Expired, removed, err)
+		}
+	}
+	for port, kept := range map[uint16]bool{1: true, 2: true, 3: false, 4: false} {
+		var c bpf.Conn
+		if err := d.maps["lash_conn"].Lookup(&bpf.ConnKey{LoPort: bpf.ToBE16(port), Proto: 17}, &c); (err == nil) != kept {
+			t.Errorf("record %d: %v, want kept %v", port, err, kept)
+		}
+	}
 }
 
 // A tuple that becomes another connection's between the look and the removal keeps its record.

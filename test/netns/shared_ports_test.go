@@ -27,8 +27,7 @@ import (
 	"github.com/lash-net/lash/internal/testutil"
 )
 
-// Not part of make test: about one of 20,000 answers to a moved datagram of the node still reaches the node's socket that
-// has the new port, and it is not known why. make shared-ports finds it.
+// Not part of make test, for the time it takes to tell something: make shared-ports.
 var sharedFor = flag.Duration("shared-ports", 0, "how long TestPortsAreShared runs; 0: it does not")
 
 // The ports that masquerading, NodePorts' SNAT and the node's own sockets choose from in TestPortsAreShared: few, so that
@@ -36,6 +35,11 @@ var sharedFor = flag.Duration("shared-ports", 0, "how long TestPortsAreShared ru
 const (
 	sharedFirst, sharedLast = 20000, 20127
 	sharedLifetime          = 5 * time.Second // of datagrams' connections
+
+	// A datagram is answered soon or not at all, and waited for much longer: when its socket is closed, no answer is under
+	// way any more, which whoever has the port next would get, as without any translation.
+	sharedAnswered = 300 * time.Millisecond
+	sharedAwaited  = 1500 * time.Millisecond
 )
 
 // sharer is one kind of traffic.
@@ -230,7 +234,7 @@ func (s *sharer) datagrams(to netip.AddrPort, port int) error {
 		if _, err := c.WriteToUDPAddrPort(binary.BigEndian.AppendUint64(nil, word), to); err != nil {
 			return err
 		}
-		c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+		c.SetReadDeadline(time.Now().Add(sharedAwaited))
 		n, from, err := c.ReadFromUDPAddrPort(buf)
 		if err != nil {
 			continue
@@ -291,7 +295,7 @@ func resetOf(c net.Conn, err error) error {
 	return err
 }
 
-// echoAt sends back what it is sent, datagrams after a moment.
+// echoAt sends back what it is sent, datagrams after a moment or, if the machine has kept it waiting, not at all.
 func echoAt(t *testing.T, ns *os.File, at netip.AddrPort) {
 	t.Helper()
 	err := inNS(ns, func() error {
@@ -325,8 +329,15 @@ func echoAt(t *testing.T, ns *os.File, at netip.AddrPort) {
 				if err != nil {
 					return
 				}
+				if n != 8 {
+					continue
+				}
 				said := slices.Clone(buf[:n])
-				time.AfterFunc(time.Duration(rand.IntN(20))*time.Millisecond, func() { u.WriteToUDPAddrPort(said, from) })
+				time.AfterFunc(time.Duration(rand.IntN(20))*time.Millisecond, func() {
+					if s, ok := saidBy.Load(binary.BigEndian.Uint64(said)); ok && time.Since(s.(speech).at) < sharedAnswered {
+						u.WriteToUDPAddrPort(said, from)
+					}
+				})
 			}
 		}()
 		return nil

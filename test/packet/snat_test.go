@@ -74,6 +74,49 @@ func TestTheNodesSocketsAndMasqueradingShareNoTuple(t *testing.T) {
 	}
 }
 
+// A tuple whose connection has expired is the node's from its first packet on: the answer, too, is for the node's socket.
+// Somebody's who found it alive a moment before, it is not yet.
+func TestTheNodeTakesOverTheTuplesOfExpiredConnections(t *testing.T) {
+	n := theNode(t)
+	for _, f := range families {
+		for _, l4 := range []string{"udp", "tcp"} {
+			t.Run(f.name+"/"+l4, func(t *testing.T) {
+				p := n.load(t, "bpf")
+				second := p.ticksASecond(t)
+				pod := packet{src: f.a, dst: f.outside, l4: l4, sport: 1000, dport: 53, flags: "S"}
+				node := func(port uint16) packet {
+					own := pod
+					own.src, own.sport = f.node, port
+					return own
+				}
+				moved := want{verdict: verdictOK, counted: []uint32{bpf.SlowMasquerade}}
+				masqueraded := func() uint16 { return read(p.must(t, fromA(frame(pod)), egress(bpf.SlowNew))).sport }
+				// Before, the tuple was a pod's, or that to which another of the node's connections was moved.
+				for name, before := range map[string]func() uint16{
+					"pod":  masqueraded,
+					"node": func() uint16 { return read(p.must(t, leaving(frame(node(masqueraded()))), moved)).sport },
+				} {
+					p.forget(t)
+					own := frame(node(before()))
+					expire := func(by uint32) {
+						p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) { c.Expires = c.Created - by })
+					}
+					expire(second / 2)
+					p.must(t, leaving(own), moved)
+					expire(2 * second)
+					if out := p.must(t, leaving(own), pass()); !same(out, own) {
+						t.Errorf("%s: the node's packet was translated: %x", name, out)
+					}
+					back := answer(own)
+					if got := p.must(t, netdev(back), pass()); !same(got[14:], back[14:]) {
+						t.Errorf("%s: the node's answer went to %s port %d", name, read(got).dst, read(got).dport)
+					}
+				}
+			})
+		}
+	}
+}
+
 // What has no port has no tuple to share: the node's goes out although a pod's of the same kind is masqueraded.
 func TestTheNodesPacketsWithoutPortsPass(t *testing.T) {
 	n := theNode(t)
