@@ -286,8 +286,10 @@ type Result struct {
 	Resent    int64      `json:"resent,omitempty"`
 	Needless  int64      `json:"needless,omitempty"`
 	FirstLost *time.Time `json:"firstLost,omitempty"` // when the first message without an answer was sent
-	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
-	MaxGapAt  time.Time  `json:"maxGapAt"`            // its end
+	LastLost  *time.Time `json:"lastLost,omitempty"`
+	LostRuns  int64      `json:"lostRuns,omitempty"` // of messages without an answer, one after the other
+	MaxGapMS  float64    `json:"maxGapMs"`           // between answers
+	MaxGapAt  time.Time  `json:"maxGapAt"`           // its end
 	Error     string     `json:"error,omitempty"`
 	// Servers are those that answered, with -who.
 	Servers map[string]Server `json:"servers,omitempty"`
@@ -504,10 +506,16 @@ func (l *ledger) result() Result {
 	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd, Servers: l.servers}
 	r.Lost = r.Sent - r.Received
 	for i, ok := range l.answered {
-		if !ok {
-			r.FirstLost = &l.sent[i]
-			break
+		if ok {
+			continue
 		}
+		if r.FirstLost == nil {
+			r.FirstLost = &l.sent[i]
+		}
+		if i == 0 || l.answered[i-1] {
+			r.LostRuns++
+		}
+		r.LastLost = &l.sent[i]
 	}
 	return r
 }
@@ -564,7 +572,7 @@ sending:
 	r := l.result()
 	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
 	if r.Lost -= r.Overflowed; r.Lost == 0 {
-		r.FirstLost = nil
+		r.FirstLost, r.LastLost, r.LostRuns = nil, nil, 0
 	}
 	return r
 }
