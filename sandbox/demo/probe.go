@@ -58,7 +58,7 @@ type probeResult struct {
 	Sent, Received, Lost, Overflowed int64
 	Resent, Needless                 int64
 	FirstLost, LastLost              *time.Time
-	LostRuns                         int64
+	LostRuns, Strays                 int64
 	MaxGapMS                         float64
 	MaxGapAt                         time.Time
 	Error                            string

@@ -630,11 +630,11 @@ func (s *serviceStory) endFlows(ctx context.Context) error {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", f.name, err))
 			if f.datagrams {
-				s.o.Say("%s: answered by %+v; the agent of %s was ready at %s and said:\n%s", f.name, r.Servers, f.path.node, s.back[f.path.node].Format("15:04:05.000"), s.forgot(ctx, f.path.node))
+				s.o.Say("%s: answered by %+v, %d times by a backend that was forgotten meanwhile; the agent of %s was ready at %s and said:\n%s", f.name, r.Servers, r.Strays, f.path.node, s.back[f.path.node].Format("15:04:05.000"), s.forgot(ctx, f.path.node))
 			}
 			continue
 		}
-		s.o.Say("%s: %d messages, %d lost, longest gap %.0f ms", f.name, r.Sent, lost, r.MaxGapMS)
+		s.o.Say("%s: %d messages, %d lost (%d answered by a backend that was forgotten meanwhile), longest gap %.0f ms", f.name, r.Sent, lost, r.Strays, r.MaxGapMS)
 	}
 	s.flows = nil
 	return errors.Join(errs...)
