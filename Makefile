@@ -88,8 +88,10 @@ demo: image ## a three-node cluster on Lash, checked and left running; MODE=nati
 conformance: image ## the upstream Kubernetes e2e suite's network specs on six nodes without kube-proxy; MODE=native without tunnel
 	bin/sandbox conformance --name conformance --mode $(MODE) $(CONFORMANCE)
 
-demo-services: image ## the demo, then services under 2,000 requests a second: rolling restarts, agents killed, absent, upgraded (five minutes)
-	bin/sandbox demo --name services --mode $(MODE) --services; rc=$$?; bin/sandbox down --name services; exit $$rc
+SET ?=
+demo-services: image ## the demo, then services under 2,000 requests a second: rolling restarts, XDP, agents killed, absent, upgraded (eight minutes); SET="loadBalancer.mode=dsr" sets chart values
+	trap 'bin/sandbox down --name services' EXIT; \
+	bin/sandbox demo --name services --mode $(MODE) $(addprefix --set ,$(SET)) --services
 
 demo-down: ## take it down; nothing is left
 	bin/sandbox down

@@ -9,7 +9,8 @@ require (
 )
 
 require (
+	github.com/cilium/ebpf v0.21.0 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/spf13/pflag v1.0.9 // indirect
-	golang.org/x/net v0.28.0 // indirect
+	golang.org/x/net v0.46.0 // indirect
 )

@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -104,5 +105,53 @@ func TestKillAndRemoveTakeWholeTree(t *testing.T) {
 	}
 	if l.Exists(top) {
 		t.Error("still there")
+	}
+}
+
+func TestFavourIsUndone(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root: makes cgroups")
+	}
+	l, err := Detect()
+	if err != nil {
+		t.Skipf("this machine's cgroups cannot be used: %v", err)
+	}
+	const top = "lash-sandbox-favour"
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := l.Create(top); err != nil {
+		t.Skipf("cgroups are not ours to make here: %v", err)
+	}
+	defer l.Remove(ctx, top)
+	file, share := l.cpuShare(top)
+	if file == "" {
+		t.Skip("this machine has no controller of the CPU")
+	}
+	read := func() string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	before := read()
+	undo, err := l.Favour(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := read(); got != strconv.Itoa(share) {
+		t.Errorf("the share is %s, want %d", got, share)
+	}
+	if err := undo(); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(); got != before {
+		t.Errorf("the share is %s, was %s before", got, before)
+	}
+	if err := l.Remove(ctx, top); err != nil {
+		t.Fatal(err)
+	}
+	if err := undo(); err != nil {
+		t.Errorf("of a cgroup that is gone: %v", err)
 	}
 }

@@ -39,7 +39,7 @@ what pods expect of their network. Prints a line for each check; the last line i
 	cmd.Flags().BoolVar(&o.Switch, "switch", false, "also pass to the other mode and back, five times under traffic")
 	cmd.Flags().BoolVar(&o.Fresh, "fresh", false, "start from an empty cluster even if one is up")
 	cmd.Flags().BoolVar(&o.Resilience, "resilience", false, "also kill, remove and restart agents, nodes and the API server while pods talk (four minutes)")
-	cmd.Flags().BoolVar(&o.Services, "services", false, "also restart backends, kill and remove agents, and create malformed objects, under load through every kind of service (three minutes)")
+	cmd.Flags().BoolVar(&o.Services, "services", false, "also restart backends, kill and remove agents, and create malformed objects, under load through every kind of service (eight minutes)")
 	cmd.Flags().StringVar(&o.WriteGolden, "write-golden", "", "directory to write golden files of addresses and routes to, instead of comparing with them")
 	root.AddCommand(cmd)
 }

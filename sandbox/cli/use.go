@@ -102,6 +102,7 @@ func enter(t node.Target, argv, env []string) error {
 }
 
 func (a *app) exec() *cobra.Command {
+	var generator bool
 	cmd := &cobra.Command{
 		Use:   "exec NODE -- COMMAND...",
 		Short: "Run a command inside a node (or in the network namespace of cp, outside, sw)",
@@ -115,7 +116,11 @@ output and the exit status are the command's.`,
 			if err != nil {
 				return err
 			}
-			t, err := c.Target(args[0])
+			target := c.Target
+			if generator {
+				target = c.Generator
+			}
+			t, err := target(args[0])
 			if err != nil {
 				return err
 			}
@@ -129,6 +134,8 @@ output and the exit status are the command's.`,
 			return enter(t, argv, os.Environ())
 		},
 	}
+	cmd.Flags().BoolVar(&generator, cluster.GeneratorFlag, false, "as a load generator of `sandbox demo --services`, while that runs")
+	_ = cmd.Flags().MarkHidden(cluster.GeneratorFlag)
 	cmd.Flags().SetInterspersed(false) // flags after NODE are the command's, with -- or without
 	return cmd
 }

@@ -261,6 +261,11 @@ func (c *Cluster) Exec(ctx context.Context, host string, argv ...string) (string
 
 // ExecCommand is the command that Exec runs. When ctx ends it is told to end, and passes that on.
 func (c *Cluster) ExecCommand(ctx context.Context, host string, argv ...string) (*exec.Cmd, error) {
+	return c.execCommand(ctx, host, nil, argv)
+}
+
+// execCommand is `sandbox exec` with these flags.
+func (c *Cluster) execCommand(ctx context.Context, host string, flags, argv []string) (*exec.Cmd, error) {
 	if _, err := c.Target(host); err != nil {
 		return nil, err
 	}
@@ -268,7 +273,7 @@ func (c *Cluster) ExecCommand(ctx context.Context, host string, argv ...string) 
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, self, append([]string{"exec", "--name", c.Name, host, "--"}, argv...)...)
+	cmd := exec.CommandContext(ctx, self, slices.Concat([]string{"exec", "--name", c.Name}, flags, []string{host, "--"}, argv)...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 5 * time.Second
 	return cmd, nil
@@ -276,16 +281,6 @@ func (c *Cluster) ExecCommand(ctx context.Context, host string, argv ...string) 
 
 // Toolbox is the path of the sandbox's test program on this machine.
 func (c *Cluster) Toolbox() string { return c.cache.Bin("toolbox") }
-
-// BesideCommand is a command in the network namespace of a process of a node, which has that number on the node, but
-// outside of the node's cgroup: the node's socket programs do not see it. It finds programs where this machine has them.
-func (c *Cluster) BesideCommand(ctx context.Context, node, pid string, argv ...string) (*exec.Cmd, error) {
-	if _, err := c.Target(node); err != nil {
-		return nil, err
-	}
-	netns := fmt.Sprintf("--net=/proc/%d/root/proc/%s/ns/net", c.init(node).Pid, pid)
-	return c.ExecCommand(ctx, plan.ControlPlane, append([]string{"nsenter", netns, "--"}, argv...)...)
-}
 
 // loaded lists the archives that `sandbox load` was given; nodes that join later get them too.
 func (c *Cluster) loaded() []string {

@@ -86,7 +86,7 @@ func (s *serviceStory) malformed(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return r.verdict(100, &s.diary)
+	return r.verdict(&s.diary)
 }
 
 // compareReports says which object lacks its Event, and which has one that it should not have.

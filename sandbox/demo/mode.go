@@ -229,6 +229,9 @@ func checkSwitch(ctx context.Context, w *world, o Options) (passed, failed int) 
 			if i%2 == 1 {
 				set = oldSpelling[mode]
 			}
+			if ctx.Err() != nil {
+				break
+			}
 			o.Say("switching to %s (%d of %d)", set, 2*i+j+1, 2*switches)
 			began := time.Now()
 			err := w.switchTo(ctx, o, set, mode)
@@ -240,6 +243,11 @@ func checkSwitch(ctx context.Context, w *world, o Options) (passed, failed int) 
 			}
 			passed++
 			fmt.Fprintf(o.Out, "ok   %s, after %.0f s\n", name, time.Since(began).Seconds())
+		}
+	}
+	if ctx.Err() != nil {
+		for _, p := range probes {
+			p.end(ctx, w)
 		}
 	}
 	var verdicts []check
@@ -286,12 +294,22 @@ func (w *world) startFlows(ctx context.Context) ([]*flow, error) {
 		p := &flow{name: fmt.Sprintf("%s, %s, pod of %s to pod of %s", f.proto, f.family, f.from, f.to), file: "/tmp/flow" + strconv.Itoa(i), from: w.client[f.from]}
 		out, err := w.in(ctx, p.from, "sh", "-c", fmt.Sprintf("toolbox probe -interval %s -for 1h %s %s >%s 2>&1 & echo $!", flowInterval, f.proto, netip.AddrPortFrom(w.web[f.to].addrs[f.family], port), p.file))
 		if err != nil {
+			for _, f := range flows {
+				f.end(ctx, w)
+			}
 			return nil, err
 		}
 		p.pid = strings.TrimSpace(out)
 		flows = append(flows, p)
 	}
 	return flows, nil
+}
+
+// end ends the flow, whatever became of ctx.
+func (p *flow) end(ctx context.Context, w *world) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	_, _ = w.in(ctx, p.from, "sh", "-c", fmt.Sprintf("kill %s; rm -f %s", p.pid, p.file))
 }
 
 // stop ends the flow and judges it: it lives, and was silent for no longer than it may.

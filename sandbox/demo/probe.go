@@ -57,7 +57,8 @@ type probe struct {
 type probeResult struct {
 	Sent, Received, Lost, Overflowed int64
 	Resent, Needless                 int64
-	FirstLost                        *time.Time
+	FirstLost, LastLost              *time.Time
+	LostRuns, Strays                 int64
 	MaxGapMS                         float64
 	MaxGapAt                         time.Time
 	Error                            string
@@ -104,7 +105,7 @@ func (r probeResult) verdict(d *diary) error {
 	case r.Sent == 0:
 		return errors.New("the probe sent nothing")
 	case r.Lost > 0 && r.FirstLost != nil:
-		return fmt.Errorf("%d of %d messages lost, the first %s; longest gap %.0f ms ending %s; %s", r.Lost, r.Sent, where(*r.FirstLost), r.MaxGapMS, where(r.MaxGapAt), remedy)
+		return fmt.Errorf("%d of %d messages lost, in %d runs, the first %s, the last at %s; longest gap %.0f ms ending %s; %s", r.Lost, r.Sent, r.LostRuns, where(*r.FirstLost), r.LastLost.Format("15:04:05.000"), r.MaxGapMS, where(r.MaxGapAt), remedy)
 	case r.Resent > 2*r.Needless: // one DSACK may stand for two small segments that became one
 		return fmt.Errorf("%d segments lost and sent again (and %d needlessly), of %d messages; longest gap %.0f ms ending %s; %s", r.Resent-r.Needless, r.Needless, r.Sent, r.MaxGapMS, where(r.MaxGapAt), remedy)
 	}

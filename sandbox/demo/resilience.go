@@ -55,6 +55,9 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		r.run(ctx, s)
 		if ctx.Err() != nil {
 			r.report("resilience", errors.New("interrupted"))
+			for _, p := range probes {
+				_, _ = p.stop()
+			}
 			return r.passed, r.failed
 		}
 	}
@@ -167,6 +170,9 @@ func (r *resilience) startProbes(ctx context.Context) ([]*probe, error) {
 	} {
 		started, err := r.startProbe(ctx, p.name, "n1", p.args...)
 		if err != nil {
+			for _, p := range probes {
+				_, _ = p.stop()
+			}
 			return nil, fmt.Errorf("%s: %w", p.name, err)
 		}
 		probes = append(probes, started)

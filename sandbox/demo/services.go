@@ -9,9 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
+	"sync"
+	"text/tabwriter"
 	"time"
 
+	"github.com/lash-net/lash/sandbox/cgroup"
 	"github.com/lash-net/lash/sandbox/testbed"
 )
 
@@ -24,6 +28,7 @@ const (
 	sharedRate = 500  // of each path, where all are loaded at once
 	quietRate  = 50   // of each path, beside everything that happens to the agents
 
+	graceful   = 12 * time.Second // that its pods serve after they were told to end (services.yaml)
 	agentsGone = 10 * time.Second // at least
 	repinned   = time.Second      // after an agent is ready, until flows to backends that went meanwhile have others
 	flowGap    = 2 * time.Second  // that a connection may have
@@ -34,22 +39,33 @@ const (
 // taken away and upgraded. Requests must not notice.
 type serviceStory struct {
 	*resilience
-	paths []path
-	flows []serviceFlow
-	loads []*probe
-	// When the agent of n1 was ready after it had been away.
-	back time.Time
+	paths  []path
+	flows  []serviceFlow
+	loads  []*probe
+	back   map[string]time.Time // when the agent of a node was ready after it had been away
+	cabled map[string]bool      // nodes whose links have been made fit for XDP
+	before []string             // chart values, of what has been changed since
+	undo   []func() error       // of what clear is to undo besides, the last first
+
+	graceful, abrupt map[string]loaded // by path: the rolling restarts
 }
 
 // serviceFlow is a connection, or a flow of datagrams, to a service.
 type serviceFlow struct {
 	*probe
+	path      path
 	datagrams bool
 }
 
 func checkServices(ctx context.Context, w *world, o Options) (passed, failed int) {
-	s := &serviceStory{resilience: &resilience{world: w, o: o}}
-	defer s.clear(context.WithoutCancel(ctx))
+	s := &serviceStory{resilience: &resilience{world: w, o: o}, cabled: map[string]bool{}, back: map[string]time.Time{}, graceful: map[string]loaded{}, abrupt: map[string]loaded{}}
+	// What was changed is undone also when this is interrupted, and named deeds tell when they are not.
+	defer func() {
+		if err := s.clear(context.WithoutCancel(ctx)); err != nil {
+			s.report("everything undone", err)
+		}
+		passed, failed = s.passed, s.failed
+	}()
 	if err := s.prepare(ctx); err != nil {
 		s.report("workloads for services", err)
 		return s.passed, s.failed
@@ -61,32 +77,60 @@ func checkServices(ctx context.Context, w *world, o Options) (passed, failed int
 			break
 		}
 	}
+	s.summary()
 	return s.passed, s.failed
 }
 
-func (s *serviceStory) steps() []step {
-	var list []step
+// summary puts side by side what became of requests during rolling restarts.
+func (s *serviceStory) summary() {
+	table := tabwriter.NewWriter(s.o.Out, 0, 0, 2, ' ', 0)
+	text := func(l loaded, ok bool) string {
+		if !ok {
+			return "not measured"
+		}
+		return fmt.Sprintf("%d failed of %d (%.0f/s)", l.Failed, l.Sent, l.rate())
+	}
+	fmt.Fprintln(table, "ROLLING RESTART UNDER LOAD\tSERVERS END GRACEFULLY\tSERVERS END AT ONCE")
 	for _, p := range s.paths {
-		list = append(list, step{"rolling restart under load: " + p.name, func(ctx context.Context) error { return s.rollingRestart(ctx, p) }})
+		g, gok := s.graceful[p.name]
+		a, aok := s.abrupt[p.name]
+		fmt.Fprintf(table, "%s\t%s\t%s\n", p.name, text(g, gok), text(a, aok))
+	}
+	table.Flush()
+}
+
+func (s *serviceStory) steps() []step {
+	list := []step{
+		{"XDP, best-effort: where cables take no frames tc serves, and the status says why", s.xdpFallsBack},
+		{"XDP, best-effort: a cable that takes frames is used without a restart", s.xdpBegins},
+	}
+	for _, p := range s.paths {
+		list = append(list, step{"rolling restart under load: " + p.name, func(ctx context.Context) error { return s.rollingRestart(ctx, fullRate, p) }})
 	}
 	return append(list,
 		step{"rolling restart while the agents of all nodes are killed with -9", s.restartWhileKilled},
 		step{"rolling restart of servers that end at once: requests fail, and are seen", s.abruptRestart},
+		step{"all backends terminate: they serve new and kept connections until they end, then services refuse", s.terminateAll},
 		step{"flows to services begin", s.startFlowsToServices},
 		step{"agents of all nodes killed with -9, services in use", s.killAll},
 		step{"agents absent: a backend is removed, another added, two end", s.changeBackends},
 		step{"agents back, upgraded: backends that were removed meanwhile get no new connection", s.upgradeBack},
-		step{"agents upgraded one after another", s.upgradeAgain},
+		step{"agents upgraded one after another, to XDP native on all nodes", s.upgradeAgain},
 		step{"all of this: no request failed", s.endLoads},
 		step{"all of this: connections and flows live", s.endFlows},
+		step{"rolling restart under load: NodePort from outside, SNAT and DSR, XDP native on all nodes", s.restartNative},
 		step{"all of this: nothing of what ended remains", s.leftovers},
 		step{"malformed Services and EndpointSlices are reported as Events on them, and disturb no other", s.malformed},
 	)
 }
 
-// prepare makes the workloads and finds the paths.
-func (s *serviceStory) prepare(ctx context.Context) (err error) {
-	if _, err := s.c.KubectlInput(ctx, servicesYAML, "apply", "-f", "-"); err != nil {
+// prepare makes the workloads, finds the paths, and lets load generators have the CPU.
+func (s *serviceStory) prepare(ctx context.Context) error {
+	kpr, err := s.kubeProxyReplacement(ctx, "n1")
+	if err != nil {
+		return err
+	}
+	if _, err := s.c.KubectlInput(ctx, byDefault(servicesYAML, kpr.LBMode), "apply", "-f", "-"); err != nil {
 		return err
 	}
 	for _, d := range []string{"deploy/graceful", "deploy/abrupt"} {
@@ -94,12 +138,23 @@ func (s *serviceStory) prepare(ctx context.Context) (err error) {
 			return fmt.Errorf("%w\n%s", err, testbed.Overview(ctx, s.c))
 		}
 	}
+	undo, err := s.c.Favour()
+	if err != nil {
+		return err
+	}
+	s.undo = append(s.undo, undo)
+	s.o.Say("load generators have the CPU first: their cgroups, and the sandbox's on this machine, have %d times the usual share", cgroup.Favoured)
 	s.paths, err = s.world.paths(ctx)
 	return err
 }
 
+// byDefault takes the annotation off the services whose mode the cluster has anyway.
+func byDefault(manifest, mode string) string {
+	return strings.ReplaceAll(manifest, ", annotations: {service.lash.io/forwarding-mode: "+strings.ToLower(mode)+"}", "")
+}
+
 // clear takes away what the story made.
-func (s *serviceStory) clear(ctx context.Context) {
+func (s *serviceStory) clear(ctx context.Context) error {
 	for _, l := range s.loads {
 		_, _ = endLoad(l, true)
 	}
@@ -108,10 +163,17 @@ func (s *serviceStory) clear(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepPatience)
 	defer cancel()
-	_ = s.keepAgents(ctx)
-	_ = s.kubectl(ctx, "-n", "demo", "delete", "service/moving-snat", "service/moving-dsr", "--ignore-not-found", "--wait=false")
-	_ = s.kubectl(ctx, "-n", "demo", "delete", "endpointslices", "-l", "kubernetes.io/service-name in (moving-snat,moving-dsr)", "--wait=false")
-	_ = s.kubectl(ctx, "delete", "namespace", "rolling", "malformed", "--ignore-not-found", "--wait=false")
+	errs := []error{s.keepAgents(ctx)}
+	if s.before != nil {
+		errs = append(errs, s.upgrade(ctx, s.before...), s.rolledOut(ctx))
+	}
+	for _, undo := range slices.Backward(s.undo) {
+		errs = append(errs, undo())
+	}
+	return errors.Join(append(errs,
+		s.kubectl(ctx, "-n", "demo", "delete", "service/moving-snat", "service/moving-dsr", "--ignore-not-found", "--wait=false"),
+		s.kubectl(ctx, "-n", "demo", "delete", "endpointslices", "-l", "kubernetes.io/service-name in (moving-snat,moving-dsr)", "--wait=false"),
+		s.kubectl(ctx, "delete", "namespace", "rolling", "malformed", "--ignore-not-found", "--wait=false"))...)
 }
 
 // restart replaces all pods of a deployment and returns when those of before have ended. during is done when the first
@@ -146,29 +208,39 @@ func (s *serviceStory) restart(ctx context.Context, app string, during func(cont
 	})
 }
 
-// rollingRestart is one of the graceful servers while the path is under full load.
-func (s *serviceStory) rollingRestart(ctx context.Context, p path) error {
-	load, err := s.startLoad(ctx, p, "rolling", "graceful", fullRate, "-for", "5m")
+// rollingRestart is one of the graceful servers while the paths are under load.
+func (s *serviceStory) rollingRestart(ctx context.Context, rate int, paths ...path) error {
+	before, err := s.xdpForwarded(ctx)
 	if err != nil {
 		return err
 	}
-	err = s.restart(ctx, "graceful", nil)
-	l, lerr := endLoad(load, true)
-	if err = errors.Join(err, lerr); err != nil {
+	results, err := s.onPaths(ctx, paths, "graceful", rate, func(ctx context.Context) error { return s.restart(ctx, "graceful", nil) })
+	for i, l := range results {
+		p := paths[i]
+		s.graceful[p.name] = l
+		err = errors.Join(err, named(p.name, l.verdict(&s.diary)))
+		if len(l.Servers) < 2*replicas {
+			err = errors.Join(err, fmt.Errorf("%s: %d servers answered, want the %d of before and the %d new ones", p.name, len(l.Servers), replicas, replicas))
+		}
+	}
+	if err != nil {
 		return err
 	}
-	s.o.Say("%s: %s", p.name, l)
-	if len(l.Servers) < 2*replicas {
-		return fmt.Errorf("%d servers answered, want the %d of before and the %d new ones", len(l.Servers), replicas, replicas)
-	}
-	return l.verdict(fullRate, &s.diary)
+	return s.xdpTookPart(ctx, before, paths, results)
 }
 
-// onAllPaths loads all paths while do runs.
-func (s *serviceStory) onAllPaths(ctx context.Context, service string, do func(context.Context) error) (results []loaded, err error) {
+func named(name string, err error) error {
+	if err != nil {
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	return err
+}
+
+// onPaths loads paths while do runs. Whether the generators kept up is told apart from what became of the requests.
+func (s *serviceStory) onPaths(ctx context.Context, paths []path, service string, rate int, do func(context.Context) error) (results []loaded, err error) {
 	var loads []*probe
-	for _, p := range s.paths {
-		l, lerr := s.startLoad(ctx, p, "rolling", service, sharedRate, "-for", "5m")
+	for _, p := range paths {
+		l, lerr := s.startLoad(ctx, p, "rolling", service, rate, "-for", "5m")
 		if err = lerr; err != nil {
 			break
 		}
@@ -181,35 +253,92 @@ func (s *serviceStory) onAllPaths(ctx context.Context, service string, do func(c
 		r, lerr := endLoad(l, true)
 		err = errors.Join(err, lerr)
 		if lerr == nil {
-			s.o.Say("%s: %s", s.paths[i].name, r)
+			s.o.Say("%s: %s", paths[i].name, r)
+			s.keptUp(paths[i].name, r, rate)
 		}
 		results = append(results, r)
 	}
 	return results, err
 }
 
+// keptUp reports a generator that did not: that is no failed request, and no success either.
+func (s *serviceStory) keptUp(name string, l loaded, rate int) {
+	if err := l.offered(rate); err != nil {
+		s.report("the load generator kept up: "+name, err)
+	}
+}
+
 func (s *serviceStory) restartWhileKilled(ctx context.Context) error {
-	results, err := s.onAllPaths(ctx, "graceful", func(ctx context.Context) error { return s.restart(ctx, "graceful", s.killAll) })
+	results, err := s.onPaths(ctx, s.paths, "graceful", sharedRate, func(ctx context.Context) error { return s.restart(ctx, "graceful", s.killAll) })
 	for i, l := range results {
-		if verr := l.verdict(sharedRate, &s.diary); err == nil && verr != nil {
-			return fmt.Errorf("%s: %w", s.paths[i].name, verr)
-		}
+		err = errors.Join(err, named(s.paths[i].name, l.verdict(&s.diary)))
 	}
 	return err
 }
 
 // abruptRestart prints what graceful termination spares. That something fails proves that the generators see it.
 func (s *serviceStory) abruptRestart(ctx context.Context) error {
-	results, err := s.onAllPaths(ctx, "abrupt", func(ctx context.Context) error { return s.restart(ctx, "abrupt", nil) })
-	if err != nil {
-		return err
-	}
+	results, err := s.onPaths(ctx, s.paths, "abrupt", sharedRate, func(ctx context.Context) error { return s.restart(ctx, "abrupt", nil) })
 	for i, l := range results {
-		if l.Failed == 0 {
-			return fmt.Errorf("%s: nothing failed, though servers ended with requests under way", s.paths[i].name)
+		if s.abrupt[s.paths[i].name] = l; l.Failed == 0 {
+			err = errors.Join(err, fmt.Errorf("%s: nothing failed, though servers ended with requests under way", s.paths[i].name))
 		}
 	}
-	return nil
+	return err
+}
+
+// terminateAll takes all backends away. Kubernetes wants those that terminate to serve while nobody else is ready; when
+// they have ended, services have no backend.
+func (s *serviceStory) terminateAll(ctx context.Context) error {
+	results, err := s.onPaths(ctx, s.paths, "graceful", quietRate, func(ctx context.Context) error {
+		if err := s.kubectl(ctx, "-n", "rolling", "scale", "deploy/graceful", "--replicas=0"); err != nil {
+			return err
+		}
+		if err := until(ctx, graceful/2, func(ctx context.Context) error {
+			out, err := s.c.Kubectl(ctx, "-n", "rolling", "get", "endpointslices", "-l", "kubernetes.io/service-name=graceful-snat",
+				"-o", "jsonpath={range .items[*].endpoints[*].conditions}{.ready},{.serving},{.terminating} {end}")
+			if all := strings.Fields(out); err == nil && (len(all) == 0 || slices.ContainsFunc(all, func(c string) bool { return c != "false,true,true" })) {
+				err = fmt.Errorf("ready, serving, terminating of the backends are %q, want false,true,true of all", all)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+		return pause(ctx, graceful/4)
+	})
+	for i, l := range results {
+		err = errors.Join(err, named(s.paths[i].name, l.verdict(&s.diary)))
+	}
+	if err == nil {
+		err = s.backendsEnded(ctx, 0)
+	}
+	if err == nil {
+		err = until(ctx, patience, func(ctx context.Context) error { return s.refused(ctx) })
+	}
+	return errors.Join(err, s.scale(ctx, replicas))
+}
+
+// refused makes new connections to a service without backends, on all paths.
+func (s *serviceStory) refused(ctx context.Context) error {
+	return atOnce(len(s.paths), func(i int) error {
+		load, err := s.startLoad(ctx, s.paths[i], "rolling", "graceful", 100, "-for", "1s", "-new", "100")
+		if err != nil {
+			return err
+		}
+		l, err := endLoad(load, false)
+		if err == nil && (l.Failures["connect: refused"] != l.Sent) {
+			err = fmt.Errorf("%s: no backend is left, and not all were refused at once: %s", s.paths[i].name, l)
+		}
+		return err
+	})
+}
+
+// scale brings the graceful deployment to that many pods, Ready.
+func (s *serviceStory) scale(ctx context.Context, n int) error {
+	if err := s.kubectl(ctx, "-n", "rolling", "scale", "deploy/graceful", fmt.Sprintf("--replicas=%d", n)); err != nil {
+		return err
+	}
+	return s.kubectl(ctx, "-n", "rolling", "rollout", "status", "deploy/graceful", "--timeout=90s")
 }
 
 // move makes the web pod of a node the only backend of the services moving-*. Their slices are written by hand: another
@@ -255,11 +384,12 @@ func (s *serviceStory) startFlowsToServices(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
+			s.flows = append(s.flows, serviceFlow{tcp, p, false})
 			udp, err := p.start(lasting, p.name+", "+f+", UDP", "probe", "-for", "1h", "-interval", "20ms", "-who", "-unconnected", "udp", p.to(moving, f, "udp").String())
 			if err != nil {
 				return err
 			}
-			s.flows = append(s.flows, serviceFlow{tcp, false}, serviceFlow{udp, true})
+			s.flows = append(s.flows, serviceFlow{udp, p, true})
 		}
 		load, err := s.startLoad(lasting, p, "demo", "web", quietRate, "-for", "1h")
 		if err != nil {
@@ -335,7 +465,7 @@ func (s *serviceStory) changeBackends(ctx context.Context) error {
 	if err := s.kubectl(ctx, "-n", "rolling", "scale", "deploy/graceful", fmt.Sprintf("--replicas=%d", replicas-2)); err != nil {
 		return err
 	}
-	if err := s.backendsEnded(ctx); err != nil {
+	if err := s.backendsEnded(ctx, replicas-2); err != nil {
 		return err
 	}
 	// The kernel still has the backend of before: otherwise nothing that follows would show anything.
@@ -347,28 +477,31 @@ func (s *serviceStory) changeBackends(ctx context.Context) error {
 	return pause(ctx, time.Until(s.since.Add(agentsGone)))
 }
 
-// backendsEnded waits until the pods that were to end have ended.
-func (s *serviceStory) backendsEnded(ctx context.Context) error {
+// backendsEnded waits until there are so many pods.
+func (s *serviceStory) backendsEnded(ctx context.Context, want int) error {
 	return until(ctx, stepPatience, func(ctx context.Context) error {
 		out, err := s.c.Kubectl(ctx, "-n", "rolling", "get", "pods", "-l", "app=graceful", "--no-headers")
-		if n := strings.Count(out, "\n"); err == nil && n != replicas-2 {
-			err = fmt.Errorf("%d pods, want %d:\n%s", n, replicas-2, out)
+		if n := strings.Count(out, "\n"); err == nil && n != want {
+			err = fmt.Errorf("%d pods, want %d:\n%s", n, want, out)
 		}
 		return err
 	})
 }
 
-// upgrade changes a value that the programs are loaded with.
-func (s *serviceStory) upgrade(ctx context.Context, value string) error {
-	args := []string{"upgrade", "--kubeconfig", s.c.Kubeconfig(false), "--reuse-values", "--set", value}
+// upgrade changes chart values.
+func (s *serviceStory) upgrade(ctx context.Context, values ...string) error {
+	args := []string{"upgrade", "--kubeconfig", s.c.Kubeconfig(false), "--reuse-values"}
+	for _, v := range values {
+		args = append(args, "--set", v)
+	}
 	if out, err := exec.CommandContext(ctx, s.o.Lash, args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("lash %s: %w: %s", strings.Join(args, " "), err, out)
 	}
 	return nil
 }
 
-// upgradeBack lets agents with other programs start, and connects from the moment that of n1 is ready: there the backends
-// of every path are chosen.
+// upgradeBack lets agents with other programs start, and connects on each path from the moment that the agent is ready
+// where its backends are chosen.
 func (s *serviceStory) upgradeBack(ctx context.Context) error {
 	if err := s.upgrade(ctx, "serviceNoBackendResponse=drop"); err != nil {
 		return err
@@ -376,37 +509,81 @@ func (s *serviceStory) upgradeBack(ctx context.Context) error {
 	if err := s.keepAgents(ctx); err != nil {
 		return err
 	}
-	if err := s.waitAgent(ctx, "n1", ""); err != nil {
-		return err
-	}
-	s.back = time.Now()
-	errs := make([]error, 2*len(s.paths))
-	_ = atOnce(len(errs), func(i int) error {
-		p := s.paths[i/2]
-		if i%2 == 0 {
-			errs[i] = s.servedBy(ctx, p, "moving", s.web["n3"].name)
-			return nil
+	var choosers []string
+	for _, p := range s.paths {
+		if !slices.Contains(choosers, p.node) {
+			choosers = append(choosers, p.node)
 		}
-		l, err := s.startLoad(ctx, p, "rolling", "graceful", 100, "-for", "1s", "-new", "100")
-		if err == nil {
-			var r loaded
-			if r, err = endLoad(l, false); err == nil {
-				if err = r.verdict(100, &s.diary); err != nil {
-					err = fmt.Errorf("%s, a service of which two backends have ended: %w", p.name, err)
-				}
+	}
+	var mu sync.Mutex
+	err := atOnce(len(choosers), func(i int) error {
+		node := choosers[i]
+		if err := s.waitAgent(ctx, node, ""); err != nil {
+			return err
+		}
+		mu.Lock()
+		s.back[node] = time.Now()
+		mu.Unlock()
+		var ofNode []path
+		for _, p := range s.paths {
+			if p.node == node {
+				ofNode = append(ofNode, p)
 			}
 		}
-		errs[i] = err
-		return nil
+		return atOnce(2*len(ofNode), func(i int) error {
+			if i%2 == 0 {
+				return s.servedBy(ctx, ofNode[i/2], "moving", s.web["n3"].name)
+			}
+			return s.livingServe(ctx, ofNode[i/2])
+		})
 	})
-	return errors.Join(append(errs, s.rolledOut(ctx))...)
+	return errors.Join(err, s.rolledOut(ctx))
 }
 
-func (s *serviceStory) upgradeAgain(ctx context.Context) error {
-	if err := s.upgrade(ctx, "serviceNoBackendResponse=reject"); err != nil {
+// livingServe makes new connections to a service of which two backends have ended.
+func (s *serviceStory) livingServe(ctx context.Context, p path) error {
+	load, err := s.startLoad(ctx, p, "rolling", "graceful", 100, "-for", "1s", "-new", "100")
+	if err != nil {
 		return err
 	}
-	return s.rolledOut(ctx)
+	l, err := endLoad(load, false)
+	if err == nil {
+		err = named(p.name+", a service of which two backends have ended", l.verdict(&s.diary))
+	}
+	return err
+}
+
+// upgradeAgain does it to other programs once more; devices that tc served until then are served by XDP meanwhile.
+func (s *serviceStory) upgradeAgain(ctx context.Context) error {
+	for _, n := range s.c.Nodes {
+		if err := s.cable(ctx, n); err != nil {
+			return err
+		}
+	}
+	if err := s.upgrade(ctx, "serviceNoBackendResponse=reject", "loadBalancer.acceleration=native"); err != nil {
+		return err
+	}
+	if err := s.rolledOut(ctx); err != nil {
+		return err
+	}
+	return s.accelerated(ctx, "Native", nil)
+}
+
+// restartNative is another rolling restart with all nodes' devices under XDP, by way of the node that had none before.
+func (s *serviceStory) restartNative(ctx context.Context) error {
+	if err := s.scale(ctx, replicas); err != nil {
+		return err
+	}
+	var paths []path
+	for _, p := range s.paths {
+		if p.node == slowNode {
+			p.name, p.xdp = p.name+", XDP native", true
+			paths = append(paths, p)
+		}
+	}
+	err := s.rollingRestart(ctx, fullRate/len(paths), paths...)
+	s.paths = append(s.paths, paths...) // for the summary
+	return err
 }
 
 func (s *serviceStory) endLoads(context.Context) error {
@@ -415,7 +592,8 @@ func (s *serviceStory) endLoads(context.Context) error {
 		l, err := endLoad(p, true)
 		if err == nil {
 			s.o.Say("%s: %s", p.name, l)
-			if err = l.verdict(quietRate, &s.diary); err == nil && len(l.Servers) != nodes {
+			s.keptUp("requests beside everything, "+p.name, l, quietRate)
+			if err = l.verdict(&s.diary); err == nil && len(l.Servers) != nodes {
 				err = fmt.Errorf("%d servers answered, want %d", len(l.Servers), nodes)
 			}
 		}
@@ -429,7 +607,7 @@ func (s *serviceStory) endLoads(context.Context) error {
 
 // endFlows: connections have lost nothing, and datagrams have been answered by the new backend since shortly after the
 // agents' return.
-func (s *serviceStory) endFlows(context.Context) error {
+func (s *serviceStory) endFlows(ctx context.Context) error {
 	var errs []error
 	for _, f := range s.flows {
 		r, err := f.stop()
@@ -444,19 +622,28 @@ func (s *serviceStory) endFlows(context.Context) error {
 			err = fmt.Errorf("silent for %s until %s (%s)", gap, r.MaxGapAt.Format("15:04:05.000"), s.diary.at(r.MaxGapAt))
 		}
 		if err == nil && f.datagrams {
-			err = repinnedInTime(r, s.web["n2"].name, s.web["n3"].name, s.back)
+			err = repinnedInTime(r, s.web["n2"].name, s.web["n3"].name, s.back[f.path.node])
 		}
 		if err == nil && !f.datagrams && len(r.Servers) != 1 {
 			err = fmt.Errorf("one connection was answered by %v", r.Servers)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", f.name, err))
+			if f.datagrams {
+				s.o.Say("%s: answered by %+v, %d times by a backend that was forgotten meanwhile; the agent of %s was ready at %s and said:\n%s", f.name, r.Servers, r.Strays, f.path.node, s.back[f.path.node].Format("15:04:05.000"), s.forgot(ctx, f.path.node))
+			}
 			continue
 		}
-		s.o.Say("%s: %d messages, %d lost, longest gap %.0f ms", f.name, r.Sent, lost, r.MaxGapMS)
+		s.o.Say("%s: %d messages, %d lost (%d answered by a backend that was forgotten meanwhile), longest gap %.0f ms", f.name, r.Sent, lost, r.Strays, r.MaxGapMS)
 	}
 	s.flows = nil
 	return errors.Join(errs...)
+}
+
+// forgot is what the agents of a node, this one and the one before, have written about services, with its time.
+func (s *serviceStory) forgot(ctx context.Context, node string) string {
+	out, _ := s.c.Exec(ctx, node, "sh", "-c", "grep -hE 'forgotten|ready|XDP' /var/log/pods/kube-system_lash-*/lash-agent/*.log | tail -30")
+	return out
 }
 
 // repinnedInTime: the backend that was removed answers nothing more shortly after an agent knows, and the other one does.

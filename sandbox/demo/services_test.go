@@ -14,15 +14,40 @@ func TestVerdictOnLoad(t *testing.T) {
 	failed := loaded{Sent: 1000, Failed: 2, Seconds: 1, Failures: map[string]int64{"connect: refused": 2}}
 	failed.FirstFailure = &failure{at, "10.0.0.1:80", "", "connect: refused"}
 	for want, l := range map[string]loaded{
-		"":                      {Sent: 990, Seconds: 1},
-		"1000/s were asked for": {Sent: 900, Seconds: 1},
-		"2 connect: refused":    failed,
-		"(agents killed)":       failed,
-		"900 sent (900/s":       {Sent: 900, Seconds: 1},
+		"":                   {Sent: 900, Seconds: 1}, // what was not sent has not failed
+		"2 connect: refused": failed,
+		"(agents killed)":    failed,
+		"1000 sent (1000/s":  failed,
 	} {
-		if err := l.verdict(1000, d); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		if err := l.verdict(d); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("got %v, want %q", err, want)
 		}
+	}
+}
+
+// A generator that falls behind is told apart from requests that fail, and hides none.
+func TestGeneratorThatFallsBehind(t *testing.T) {
+	if err := (loaded{Sent: 990, Seconds: 1}).offered(1000); err != nil {
+		t.Error(err)
+	}
+	l := loaded{Sent: 900, Failed: 1, Seconds: 1, FirstFailure: &failure{}}
+	if err := l.offered(1000); err == nil || !strings.Contains(err.Error(), "sent 900 requests a second and was to send 1000") {
+		t.Errorf("got %v", err)
+	}
+	if err := l.verdict(&diary{}); err == nil {
+		t.Error("the failed request is hidden")
+	}
+}
+
+func TestServicesOfTheClustersModeAskForNone(t *testing.T) {
+	for mode, annotated := range map[string]string{"SNAT": "dsr", "DSR": "snat"} {
+		got := byDefault(servicesYAML, mode)
+		if n := strings.Count(got, "forwarding-mode"); n != 3 || strings.Count(got, "forwarding-mode: "+annotated) != n {
+			t.Errorf("%s: %d services are annotated, want the 3 with %s:\n%s", mode, n, annotated, got)
+		}
+	}
+	if byDefault(servicesYAML, "Hybrid") != servicesYAML {
+		t.Error("a cluster of which no mode is the default lost annotations")
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
@@ -30,35 +31,61 @@ func (w *world) inPod(p pod) runner {
 	return func(ctx context.Context, argv ...string) (string, error) { return w.in(ctx, p, argv...) }
 }
 
-// startCapture captures on a device of a node or pod, until the function it returns is called.
-func startCapture(ctx context.Context, run runner, device, name, filter string) (func(context.Context) ([]gopacket.Packet, error), error) {
-	file := "/tmp/wire." + name
-	start := fmt.Sprintf("tcpdump -Z root --immediate-mode -U -i %s -n -w %s '%s' >%[2]s.log 2>&1 & echo $! >%[2]s.pid; until grep -q listening %[2]s.log; do sleep 0.1; done", device, file, filter)
+// capture is a tcpdump on a device of a node or pod.
+type capture struct {
+	run          runner
+	device, file string
+	ended        bool
+}
+
+// captureLimit ends a capture that nobody could end.
+const captureLimit = "120"
+
+// startCapture returns once packets are captured. On an error nothing runs.
+func startCapture(ctx context.Context, run runner, device, name, filter string) (*capture, error) {
+	c := &capture{run: run, device: device, file: "/tmp/wire." + name}
+	start := fmt.Sprintf("timeout %s tcpdump -Z root --immediate-mode -U -i %s -n -w %s '%s' >%[3]s.log 2>&1 & echo $! >%[3]s.pid; until grep -q listening %[3]s.log; do kill -0 $! || { cat %[3]s.log >&2; exit 1; }; sleep 0.1; done", captureLimit, device, c.file, filter)
 	if _, err := run(ctx, "timeout", "20", "sh", "-c", start); err != nil {
+		c.end(ctx)
 		return nil, fmt.Errorf("capture on %s: %w", device, err)
 	}
-	return func(ctx context.Context) ([]gopacket.Packet, error) {
-		out, err := run(ctx, "sh", "-c", fmt.Sprintf("sleep 0.2; kill $(cat %s.pid); sleep 0.2; base64 %[1]s; rm -f %[1]s %[1]s.*", file))
-		if err != nil {
-			return nil, err
+	return c, nil
+}
+
+// end ends the capture, whatever became of it and of ctx, and removes its files. Called again it does nothing.
+func (c *capture) end(ctx context.Context) {
+	if c.ended {
+		return
+	}
+	c.ended = true
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	_, _ = c.run(ctx, "sh", "-c", fmt.Sprintf("[ ! -s %s.pid ] || kill $(cat %[1]s.pid); rm -f %[1]s %[1]s.*", c.file))
+}
+
+// packets ends the capture and returns what it has.
+func (c *capture) packets(ctx context.Context) ([]gopacket.Packet, error) {
+	defer c.end(ctx)
+	out, err := c.run(ctx, "sh", "-c", fmt.Sprintf("sleep 0.2; kill $(cat %s.pid); sleep 0.2; rm %[1]s.pid; base64 %[1]s", c.file))
+	if err != nil {
+		return nil, err
+	}
+	raw, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(out), ""))
+	if err != nil {
+		return nil, fmt.Errorf("capture on %s: %w", c.device, err)
+	}
+	r, err := pcapgo.NewReader(bytes.NewReader(raw))
+	if err != nil {
+		return nil, fmt.Errorf("capture on %s: %w", c.device, err)
+	}
+	var packets []gopacket.Packet
+	for {
+		data, _, err := r.ReadPacketData()
+		if err != nil { // the end, or a packet that was being written
+			return packets, nil
 		}
-		raw, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(out), ""))
-		if err != nil {
-			return nil, fmt.Errorf("capture on %s: %w", device, err)
-		}
-		r, err := pcapgo.NewReader(bytes.NewReader(raw))
-		if err != nil {
-			return nil, fmt.Errorf("capture on %s: %w", device, err)
-		}
-		var packets []gopacket.Packet
-		for {
-			data, _, err := r.ReadPacketData()
-			if err != nil { // the end, or a packet that was being written
-				return packets, nil
-			}
-			packets = append(packets, gopacket.NewPacket(data, r.LinkType(), gopacket.Default))
-		}
-	}, nil
+		packets = append(packets, gopacket.NewPacket(data, r.LinkType(), gopacket.Default))
+	}
 }
 
 // frame is an echo request or reply as it lies in an Ethernet frame.
@@ -172,7 +199,15 @@ func (w *world) captured(ctx context.Context, mode, f string) error {
 	if mode != "vxlan" {
 		places = places[:4]
 	}
-	stops := make([]func(context.Context) ([]gopacket.Packet, error), len(places))
+	running := make([]*capture, len(places))
+	defer func() {
+		_ = atOnce(len(places), func(i int) error {
+			if running[i] != nil {
+				running[i].end(ctx)
+			}
+			return nil
+		})
+	}()
 	var ids map[string]uint32
 	err := atOnce(len(places)+1, func(i int) (err error) {
 		if i == len(places) {
@@ -180,7 +215,7 @@ func (w *world) captured(ctx context.Context, mode, f string) error {
 			return err
 		}
 		p := places[i]
-		stops[i], err = startCapture(ctx, p.run, p.device, f+"."+strings.ReplaceAll(p.name, " ", "-"), fmt.Sprintf("udp port 8472 or host %s", from))
+		running[i], err = startCapture(ctx, p.run, p.device, f+"."+strings.ReplaceAll(p.name, " ", "-"), fmt.Sprintf("udp port 8472 or host %s", from))
 		return err
 	})
 	if err != nil {
@@ -188,7 +223,7 @@ func (w *world) captured(ctx context.Context, mode, f string) error {
 	}
 	_, err = w.in(ctx, src, "sh", "-c", fmt.Sprintf("for a in %s %s; do ping -n -c 2 -i 0.2 -W 2 $a || exit 1; done", near.addrs[f], to))
 	captures := make([][]gopacket.Packet, len(places))
-	if err = errors.Join(err, atOnce(len(places), func(i int) (err error) { captures[i], err = stops[i](ctx); return err })); err != nil {
+	if err = errors.Join(err, atOnce(len(places), func(i int) (err error) { captures[i], err = running[i].packets(ctx); return err })); err != nil {
 		return err
 	}
 	got := map[string][]frame{}

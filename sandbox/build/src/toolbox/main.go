@@ -281,13 +281,18 @@ type Result struct {
 	Lost     int64 `json:"lost"`
 	// Overflowed answers arrived, but the probe was not given the CPU in time to read them; they are not in Lost.
 	Overflowed int64 `json:"overflowed,omitempty"`
+	// Strays are answers to an unconnected socket from another address than it asked: of a backend that answered when its
+	// connection had been forgotten.
+	Strays int64 `json:"strays,omitempty"`
 	// Resent is how many TCP segments either side sent again, Needless of how many of them the peer said that it had them
 	// already (DSACK): a busy machine makes TCP impatient.
 	Resent    int64      `json:"resent,omitempty"`
 	Needless  int64      `json:"needless,omitempty"`
 	FirstLost *time.Time `json:"firstLost,omitempty"` // when the first message without an answer was sent
-	MaxGapMS  float64    `json:"maxGapMs"`            // between answers
-	MaxGapAt  time.Time  `json:"maxGapAt"`            // its end
+	LastLost  *time.Time `json:"lastLost,omitempty"`
+	LostRuns  int64      `json:"lostRuns,omitempty"` // of messages without an answer, one after the other
+	MaxGapMS  float64    `json:"maxGapMs"`           // between answers
+	MaxGapAt  time.Time  `json:"maxGapAt"`           // its end
 	Error     string     `json:"error,omitempty"`
 	// Servers are those that answered, with -who.
 	Servers map[string]Server `json:"servers,omitempty"`
@@ -346,10 +351,11 @@ func dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	return d.DialContext(ctx, network, addr)
 }
 
-// floating is an unconnected UDP socket that always sends to the same peer, and hears nobody else.
+// floating is an unconnected UDP socket that always sends to the same peer, and counts whom it hears besides.
 type floating struct {
 	*net.UDPConn
-	peer *net.UDPAddr
+	peer   *net.UDPAddr
+	strays atomic.Int64
 }
 
 func unconnectedTo(_ context.Context, network, addr string) (net.Conn, error) {
@@ -358,7 +364,7 @@ func unconnectedTo(_ context.Context, network, addr string) (net.Conn, error) {
 		return nil, err
 	}
 	c, err := net.ListenUDP(network, nil)
-	return &floating{c, peer}, err
+	return &floating{UDPConn: c, peer: peer}, err
 }
 
 func (f *floating) Write(b []byte) (int, error) { return f.WriteToUDP(b, f.peer) }
@@ -369,6 +375,7 @@ func (f *floating) Read(b []byte) (int, error) {
 		if err != nil || from.Addr().Unmap() == f.peer.AddrPort().Addr().Unmap() && int(from.Port()) == f.peer.Port {
 			return n, err
 		}
+		f.strays.Add(1)
 	}
 }
 
@@ -504,10 +511,16 @@ func (l *ledger) result() Result {
 	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd, Servers: l.servers}
 	r.Lost = r.Sent - r.Received
 	for i, ok := range l.answered {
-		if !ok {
-			r.FirstLost = &l.sent[i]
-			break
+		if ok {
+			continue
 		}
+		if r.FirstLost == nil {
+			r.FirstLost = &l.sent[i]
+		}
+		if i == 0 || l.answered[i-1] {
+			r.LostRuns++
+		}
+		r.LastLost = &l.sent[i]
 	}
 	return r
 }
@@ -562,9 +575,12 @@ sending:
 		problem = err.Error()
 	}
 	r := l.result()
+	if f, ok := c.(*floating); ok {
+		r.Strays = f.strays.Load()
+	}
 	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
 	if r.Lost -= r.Overflowed; r.Lost == 0 {
-		r.FirstLost = nil
+		r.FirstLost, r.LastLost, r.LostRuns = nil, nil, 0
 	}
 	return r
 }
