@@ -100,7 +100,16 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		return DROP(p, DROP_FIB);
 	f = (struct bpf_fib_lookup *)scratch->fib;
 	fib_ask(f, p, src, sport, dst, dport);
+	/* Whoever asks for a packet of one byte, which is never too big, is told the route's MTU. Only kernels before
+	 * 5.12 do not tell, and none does without a neighbour. */
+	f->tot_len = 1;
 	rc = bpf_fib_lookup(skb, f, sizeof(*f), 0);
+	hop->mtu = rc == BPF_FIB_LKUP_RET_SUCCESS && f->mtu_result != 1 ? f->mtu_result : 0;
+	if (unlikely(hop->mtu && too_big(skb, p, hop->mtu))) {
+		/* Too big for the device, or only for the route? */
+		fib_ask(f, p, src, sport, dst, dport);
+		rc = bpf_fib_lookup(skb, f, sizeof(*f), 0);
+	}
 	switch (rc) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 		break;
@@ -128,12 +137,12 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		__builtin_memcpy(hop->neigh.ipv6_nh, f->ipv6_dst, 16);
 	else
 		hop->neigh.ipv4_nh = f->ipv4_dst;
-	/* The route's own MTU is told only to who asks for too much. */
-	fib_ask(f, p, src, sport, dst, dport);
-	f->tot_len = 0xffff;
-	hop->mtu = 0;
-	if (bpf_fib_lookup(skb, f, sizeof(*f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f->mtu_result != 0xffff)
-		hop->mtu = f->mtu_result;
+	if (unlikely(!hop->mtu)) {
+		fib_ask(f, p, src, sport, dst, dport);
+		f->tot_len = 0xffff;
+		if (bpf_fib_lookup(skb, f, sizeof(*f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f->mtu_result != 0xffff)
+			hop->mtu = f->mtu_result;
+	}
 	return action;
 }
 
