@@ -34,6 +34,29 @@ static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
 	return p->v6 ? addr_within(a, cfg_pod6_net, cfg_pod6_mask) : addr_within(a, cfg_pod4_net, cfg_pod4_mask);
 }
 
+/* slowly is the second half of a program: what becomes of a packet that the first left in lash_scratch. slow decides, for
+ * whatever has no decision or has lost it meanwhile. */
+static __always_inline int slowly(struct __sk_buff *skb, const enum hook hook, enum trace_point from,
+				  int (*slow)(struct __sk_buff *skb, struct pkt *p, __u32 why))
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	int verdict = NOT_FAST;
+	struct pkt *p;
+
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	/* Of what the network sends to the node itself, only what turns out to be translated is told. */
+	if (hook != HOOK_NETDEV || for_pods(p, &p->dst))
+		arrived(skb, from);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, hook);
+	if (verdict == NOT_FAST)
+		verdict = slow(skb, p, scratch->why);
+	return verdict < NOT_FAST ? drop(skb, p, hook, verdict) : verdict;
+}
+
 /* Into a pod of this node. */
 static __always_inline void decide_pod(struct conn_dir *d, __u32 in, const struct endpoint *ep, __u8 flags)
 {

@@ -53,8 +53,9 @@ func costPaths(f family) []costPath {
 		{name: "masqueraded, answer", opened: fromA, first: out, timed: netdev, reply: true},
 		{name: "NodePort", opened: netdev, first: client, timed: netdev, service: remote},
 		{name: "NodePort, answer", opened: netdev, first: client, timed: netdev, reply: true, service: remote},
-		{name: "node's own, in", timed: netdev, opened: netdev, first: segment(f.peer, f.node, 4240)},
-		{name: "node's own, out", timed: leaving, opened: leaving, first: segment(f.node, f.peer, 4240)},
+		{name: "node's own, in", config: "known node", opened: netdev, first: segment(f.peer, f.node, 4240), timed: netdev},
+		{name: "node's own, out", config: "known node", opened: leaving, first: segment(f.node, f.peer, 4240), timed: leaving},
+		{name: "encapsulated", config: "known node", opened: netdev, first: packet{src: f.peer, dst: f.node, l4: "udp", sport: 4242, dport: 8472}, timed: netdev},
 		{name: "new pod to pod", first: pods, timed: fromA},
 		{name: "new pod to node", first: across, timed: fromA},
 		{name: "new node to pod", first: segment(f.far, f.a, 80), timed: netdev},
@@ -121,11 +122,13 @@ func BenchmarkPacket(b *testing.B) {
 	}
 }
 
-// syn is a frame of TCP as its connection's first.
+// syn is a frame as its connection's first.
 func syn(frame []byte) []byte {
 	out := slices.Clone(frame)
-	out[read(out).l4+13] = 0x02
-	mend(out)
+	if h := read(out); h.proto == protoTCP {
+		out[h.l4+13] = 0x02
+		mend(out)
+	}
 	return out
 }
 
