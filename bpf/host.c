@@ -99,22 +99,8 @@ SEC("tc")
 int from_host(struct __sk_buff *skb)
 {
 	int verdict = from_host_fast(skb);
-	__u32 zero = 0;
-	struct scratch *scratch;
-	struct pkt *p;
 
-	if (likely(verdict != NOT_FAST))
-		return verdict;
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch)
-		return VERDICT_DROP;
-	p = (struct pkt *)scratch->pkt;
-	arrived(skb, TRACE_FROM_HOST);
-	if (scratch->why == SLOW_REPORT)
-		verdict = conn_report(skb, p, HOOK_HOST);
-	if (verdict == NOT_FAST)
-		verdict = from_host_slow(skb, p, scratch->why);
-	return verdict < NOT_FAST ? drop(skb, p, HOOK_HOST, verdict) : verdict;
+	return likely(verdict != NOT_FAST) ? verdict : slowly(skb, HOOK_HOST, TRACE_FROM_HOST, from_host_slow);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -305,6 +305,19 @@ static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
+/* encapsulated: the packet is for the tunnel, whose device gets it from the stack. Most packets of a node with a tunnel
+ * are, and need no further reading. */
+static __always_inline bool encapsulated(const struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETH_HLEN;
+	__be16 *port = data + HEADERS4 + 2;
+
+	return cfg_overlay_ifindex && skb->protocol == bpf_htons(ETH_P_IP) && (void *)(port + 1) <= end && *(__u8 *)ip == 0x45 &&
+	       ip->protocol == IPPROTO_UDP && !(ip->frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)) &&
+	       ip->daddr == cfg_node4.w[3] && *port == bpf_htons((__u16)cfg_tunnel_port);
+}
+
 static __noinline int from_netdev_fast(struct __sk_buff *skb)
 {
 	enum slow_reason why = SLOW_NEW;
@@ -313,6 +326,8 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 
 	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
 	if (unlikely(skb->vlan_present) && (skb->vlan_tci & 0xfff))
+		return VERDICT_OK;
+	if (encapsulated(skb))
 		return VERDICT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		verdict = parse(skb, &p, false);
@@ -330,33 +345,21 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;
 }
 
+/* from_netdev_decide: to a pod, or to the node. Without a pod CIDR to go by, the node's own addresses look like pods' at first. */
+static __always_inline int from_netdev_decide(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	bool pods = for_pods(p, &p->dst);
+	int verdict = pods ? from_netdev_slow(skb, p) : VERDICT_OK;
+
+	return verdict == VERDICT_OK && !(pods && pods_known(p)) ? from_netdev_node(skb, p, why) : verdict;
+}
+
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
 	int verdict = from_netdev_fast(skb);
-	__u32 zero = 0;
-	struct scratch *scratch;
-	struct pkt *p;
-	bool pods;
 
-	if (likely(verdict != NOT_FAST))
-		return verdict;
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch)
-		return VERDICT_DROP;
-	p = (struct pkt *)scratch->pkt;
-	pods = for_pods(p, &p->dst);
-	if (pods)
-		arrived(skb, TRACE_FROM_NETWORK);
-	if (scratch->why == SLOW_REPORT)
-		verdict = conn_report(skb, p, HOOK_NETDEV);
-	if (verdict == NOT_FAST) {
-		verdict = pods ? from_netdev_slow(skb, p) : VERDICT_OK;
-		/* Without a pod CIDR to go by, the node's own addresses come here too. */
-		if (verdict == VERDICT_OK && !(pods && pods_known(p)))
-			verdict = from_netdev_node(skb, p, scratch->why);
-	}
-	return verdict < NOT_FAST ? drop(skb, p, HOOK_NETDEV, verdict) : verdict;
+	return likely(verdict != NOT_FAST) ? verdict : slowly(skb, HOOK_NETDEV, TRACE_FROM_NETWORK, from_netdev_decide);
 }
 
 /* to_netdev_node: what the node itself sends answers a client, perhaps, that asked for a service, or

@@ -142,22 +142,8 @@ SEC("tc")
 int from_overlay(struct __sk_buff *skb)
 {
 	int verdict = from_overlay_fast(skb);
-	__u32 zero = 0;
-	struct scratch *scratch;
-	struct pkt *p;
 
-	if (likely(verdict != NOT_FAST))
-		return verdict;
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch)
-		return VERDICT_DROP;
-	p = (struct pkt *)scratch->pkt;
-	arrived(skb, TRACE_FROM_OVERLAY);
-	if (scratch->why == SLOW_REPORT)
-		verdict = conn_report(skb, p, HOOK_OVERLAY);
-	if (verdict == NOT_FAST)
-		verdict = from_overlay_slow(skb, p, scratch->why);
-	return verdict < NOT_FAST ? drop(skb, p, HOOK_OVERLAY, verdict) : verdict;
+	return likely(verdict != NOT_FAST) ? verdict : slowly(skb, HOOK_OVERLAY, TRACE_FROM_OVERLAY, from_overlay_slow);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -263,22 +263,8 @@ SEC("tc")
 int from_container(struct __sk_buff *skb)
 {
 	int verdict = from_container_fast(skb);
-	__u32 zero = 0;
-	struct scratch *scratch;
-	struct pkt *p;
 
-	if (likely(verdict != NOT_FAST))
-		return verdict;
-	scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	if (!scratch)
-		return VERDICT_DROP;
-	p = (struct pkt *)scratch->pkt;
-	arrived(skb, TRACE_FROM_ENDPOINT);
-	if (scratch->why == SLOW_REPORT)
-		verdict = conn_report(skb, p, HOOK_POD);
-	if (verdict == NOT_FAST)
-		verdict = from_container_slow(skb, p, scratch->why);
-	return verdict < NOT_FAST ? drop(skb, p, HOOK_POD, verdict) : verdict;
+	return likely(verdict != NOT_FAST) ? verdict : slowly(skb, HOOK_POD, TRACE_FROM_ENDPOINT, from_container_slow);
 }
 
 /* clock tells the agent the kernel's ticks, which are the unit of every deadline. */

@@ -191,22 +191,42 @@ static __always_inline void nat_unlock(struct scratch *scratch)
 	bpf_map_delete_elem(&lash_nat, &scratch->lock);
 }
 
-/* conn_open finds the record of the packet's key, in scratch->key, or makes one in which nothing is
- * decided. A closed or expired record is made anew. 0, or a drop reason: the map is full.
+/* conn_fresh makes scratch->conn the record of a connection that the packet opens, in which nothing is decided. */
+static __always_inline struct conn *conn_fresh(struct scratch *scratch, const struct pkt *p, bool from_hi)
+{
+	struct conn *c = &scratch->conn;
+	__u32 now = ticks();
+
+	__builtin_memset(c, 0, sizeof(*c));
+	c->flags = from_hi ? CONN_INITIATOR_HI : 0;
+	c->created = now;
+	c->expires = now + conn_lifetime(c, p->proto);
+	c->orig.due = c->reply.due = now + FOREVER;
+	return c;
+}
+
+/* conn_put makes scratch->conn the record of scratch->key; one that is closed or expired gives way. It must be complete
+ * as far as translation goes: from here on other CPUs follow it. 0; 1: there is one already, or was a moment later than
+ * the packet's first search, and that one holds; or a drop reason: the map is full.
  * (Before 6.2 the verifier takes no argument of a global function for a map's key or value.) */
-__noinline int conn_open(struct pkt *p, __u32 from_hi)
+__noinline int conn_put(struct pkt *p)
 {
 	__u32 now = ticks(), zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct conn *c, *fresh;
 	struct conn_key *k;
+	struct conn *c;
+	long err = -EEXIST;
 
 	if (!p || !scratch)
 		return -DROP_CT_INSERT;
 	k = &scratch->key;
+	if (scratch->why == SLOW_NEW)
+		err = bpf_map_update_elem(&lash_conn, k, &scratch->conn, BPF_NOEXIST);
+	if (likely(err != -EEXIST))
+		return err ? DROP(p, DROP_CT_INSERT) : 0;
 	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (c && !past(now, c->expires) && !(tcp_opens(p) && conn_closed(c)))
-		return 0;
+		return 1;
 	/* Its translation goes with it, unless the tuple is another connection's by now. */
 	if (c && (c->flags & (CONN_NAT | CONN_DNAT))) {
 		struct conn_key *owner;
@@ -219,13 +239,17 @@ __noinline int conn_open(struct pkt *p, __u32 from_hi)
 			nat_unlock(scratch);
 		}
 	}
-	fresh = &scratch->conn;
-	__builtin_memset(fresh, 0, sizeof(*fresh));
-	fresh->flags = from_hi ? CONN_INITIATOR_HI : 0;
-	fresh->created = now;
-	fresh->expires = now + conn_lifetime(fresh, p->proto);
-	fresh->orig.due = fresh->reply.due = now + FOREVER;
-	return bpf_map_update_elem(&lash_conn, k, fresh, BPF_ANY) ? DROP(p, DROP_CT_INSERT) : 0;
+	return bpf_map_update_elem(&lash_conn, k, &scratch->conn, BPF_ANY) ? DROP(p, DROP_CT_INSERT) : 0;
+}
+
+/* conn_open finds the record of scratch->key, or makes one in which nothing is decided. 0 or a drop reason. */
+static __always_inline int conn_open(struct pkt *p, struct scratch *scratch, bool from_hi)
+{
+	int err;
+
+	conn_fresh(scratch, p, from_hi);
+	err = conn_put(p);
+	return err < 0 ? err : 0;
 }
 
 /* A decision is published by its epoch: cleared first, set last, so that the

@@ -201,13 +201,12 @@ static __noinline int lb_choose(struct pkt *p, struct scratch *scratch, const st
 	return 0;
 }
 
-/* lb_open opens the connection of a packet that asks for svc. MET_NOTHING: the packet belongs
- * to a socket of the node. */
-static __always_inline int lb_open(struct __sk_buff *skb, struct pkt *p, struct scratch *scratch, struct service *svc, bool outside, bool from_hi)
+/* lb_open chooses where the connection c, not yet anybody's but this packet's, goes that asks for svc. MET_ORIG;
+ * MET_NOTHING: the packet belongs to a socket of the node; or a drop reason. */
+static __always_inline int lb_open(struct __sk_buff *skb, struct pkt *p, struct scratch *scratch, struct service *svc, struct conn *c, bool outside)
 {
 	/* A TCP connection that nobody here knows: Maglev leads it to where it was, everything else resets it. */
 	bool lost = p->proto == IPPROTO_TCP && !(p->tcp & TCP_SYN) && !(outside && (svc->flags & FRONTEND_MAGLEV));
-	struct conn *c;
 	int err;
 
 	if (outside) {
@@ -218,17 +217,9 @@ static __always_inline int lb_open(struct __sk_buff *skb, struct pkt *p, struct 
 		if (err)
 			return err;
 	}
-	err = conn_open(p, from_hi);
+	err = lost ? lb_refuse(p, c, false) : lb_choose(p, scratch, svc, c, outside);
 	if (err)
 		return err;
-	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
-	if (!c)
-		return DROP(p, DROP_CT_INSERT);
-	err = lost ? lb_refuse(p, c, false) : lb_choose(p, scratch, svc, c, outside);
-	if (err) {
-		bpf_map_delete_elem(&lash_conn, &scratch->key);
-		return err;
-	}
 	c->flags |= CONN_DNAT;
 	return MET_ORIG;
 }
@@ -240,44 +231,51 @@ __noinline int conn_meet(struct __sk_buff *skb, __u32 how)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct service *svc = NULL;
 	struct conn_key *k;
-	struct service *svc;
 	struct conn *c;
 	struct pkt *p;
 	bool from_hi;
-	int met = MET_NOTHING;
+	int met = MET_NOTHING, err;
 
 	if (!scratch)
 		return -DROP_CT_INSERT;
 	p = (struct pkt *)scratch->pkt;
 	k = &scratch->key;
 	from_hi = pkt_key(k, p);
-	c = bpf_map_lookup_elem(&lash_conn, k);
-	if (c) {
-		/* What is closed or expired does not bind. */
-		if (!past(ticks(), c->expires) && !(tcp_opens(p) && conn_closed(c)))
-			met = conn_from_initiator(c, from_hi) ? MET_ORIG : MET_REPLY;
-	} else {
-		c = conn_answered(k, p);
-		if (c)
-			met = MET_REPLY;
-		else
-			pkt_key(k, p);
-	}
-	if (cfg_services && met == MET_NOTHING && (how & (MEET_INSIDE | MEET_OUTSIDE))) {
-		svc = lb_frontend(scratch, p);
-		if (svc)
-			met = lb_open(skb, p, scratch, svc, how & MEET_OUTSIDE, from_hi);
-		if (met < 0)
-			return met;
+	if (scratch->why != SLOW_NEW) { /* which says that neither has been found */
+		c = bpf_map_lookup_elem(&lash_conn, k);
+		if (c) {
+			/* What is closed or expired does not bind. */
+			if (!past(ticks(), c->expires) && !(tcp_opens(p) && conn_closed(c)))
+				met = conn_from_initiator(c, from_hi) ? MET_ORIG : MET_REPLY;
+		} else {
+			c = conn_answered(k, p);
+			if (c)
+				met = MET_REPLY;
+			else
+				pkt_key(k, p);
+		}
 	}
 	if (met == MET_NOTHING) {
-		if (!(how & MEET_OPEN))
+		if (cfg_services && (how & (MEET_INSIDE | MEET_OUTSIDE)))
+			svc = lb_frontend(scratch, p);
+		if (!svc && !(how & MEET_OPEN))
 			return MET_NOTHING;
-		met = conn_open(p, from_hi);
-		return met ? met : MET_ORIG;
+		c = conn_fresh(scratch, p, from_hi);
+		met = svc ? lb_open(skb, p, scratch, svc, c, how & MEET_OUTSIDE) : MET_ORIG;
+		if (met <= MET_NOTHING)
+			return met;
+		err = conn_put(p);
+		if (err < 0)
+			return err;
+		if (err) { /* another CPU has opened it */
+			c = bpf_map_lookup_elem(&lash_conn, k);
+			if (!c)
+				return DROP(p, DROP_CT_INSERT);
+			met = conn_from_initiator(c, from_hi) ? MET_ORIG : MET_REPLY;
+		}
 	}
-	c = bpf_map_lookup_elem(&lash_conn, k);
 	if (c && (c->flags & CONN_DNAT) && nat_apply(skb, p, c, k, met == MET_ORIG ? DIR_TO_NAT : DIR_NO_NAT))
 		return DROP(p, DROP_WRITE);
 	return met;

@@ -34,6 +34,29 @@ static __always_inline bool for_pods(const struct pkt *p, const struct addr *a)
 	return p->v6 ? addr_within(a, cfg_pod6_net, cfg_pod6_mask) : addr_within(a, cfg_pod4_net, cfg_pod4_mask);
 }
 
+/* slowly is the second half of a program: what becomes of a packet that the first left in lash_scratch. slow decides, for
+ * whatever has no decision or has lost it meanwhile. */
+static __always_inline int slowly(struct __sk_buff *skb, const enum hook hook, enum trace_point from,
+				  int (*slow)(struct __sk_buff *skb, struct pkt *p, __u32 why))
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	int verdict = NOT_FAST;
+	struct pkt *p;
+
+	if (!scratch)
+		return VERDICT_DROP;
+	p = (struct pkt *)scratch->pkt;
+	/* Of what the network sends to the node itself, only what turns out to be translated is told. */
+	if (hook != HOOK_NETDEV || for_pods(p, &p->dst))
+		arrived(skb, from);
+	if (scratch->why == SLOW_REPORT)
+		verdict = conn_report(skb, p, hook);
+	if (verdict == NOT_FAST)
+		verdict = slow(skb, p, scratch->why);
+	return verdict < NOT_FAST ? drop(skb, p, hook, verdict) : verdict;
+}
+
 /* Into a pod of this node. */
 static __always_inline void decide_pod(struct conn_dir *d, __u32 in, const struct endpoint *ep, __u8 flags)
 {
@@ -100,7 +123,16 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		return DROP(p, DROP_FIB);
 	f = (struct bpf_fib_lookup *)scratch->fib;
 	fib_ask(f, p, src, sport, dst, dport);
+	/* Whoever asks for a packet of one byte, which is never too big, is told the route's MTU. Only kernels before
+	 * 5.12 do not tell, and none does without a neighbour. */
+	f->tot_len = 1;
 	rc = bpf_fib_lookup(skb, f, sizeof(*f), 0);
+	hop->mtu = rc == BPF_FIB_LKUP_RET_SUCCESS && f->mtu_result != 1 ? f->mtu_result : 0;
+	if (unlikely(hop->mtu && too_big(skb, p, hop->mtu))) {
+		/* Too big for the device, or only for the route? */
+		fib_ask(f, p, src, sport, dst, dport);
+		rc = bpf_fib_lookup(skb, f, sizeof(*f), 0);
+	}
 	switch (rc) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 		break;
@@ -128,12 +160,12 @@ static __noinline int route(struct __sk_buff *skb, struct pkt *p, bool back, str
 		__builtin_memcpy(hop->neigh.ipv6_nh, f->ipv6_dst, 16);
 	else
 		hop->neigh.ipv4_nh = f->ipv4_dst;
-	/* The route's own MTU is told only to who asks for too much. */
-	fib_ask(f, p, src, sport, dst, dport);
-	f->tot_len = 0xffff;
-	hop->mtu = 0;
-	if (bpf_fib_lookup(skb, f, sizeof(*f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f->mtu_result != 0xffff)
-		hop->mtu = f->mtu_result;
+	if (unlikely(!hop->mtu)) {
+		fib_ask(f, p, src, sport, dst, dport);
+		f->tot_len = 0xffff;
+		if (bpf_fib_lookup(skb, f, sizeof(*f), 0) == BPF_FIB_LKUP_RET_FRAG_NEEDED && f->mtu_result != 0xffff)
+			hop->mtu = f->mtu_result;
+	}
 	return action;
 }
 

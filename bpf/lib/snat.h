@@ -322,7 +322,7 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 				bpf_map_delete_elem(&lash_conn, &scratch->key);
 			return VERDICT_OK;
 		}
-		err = conn_open(p, from_hi);
+		err = conn_open(p, scratch, from_hi);
 		if (err)
 			return err;
 		c = bpf_map_lookup_elem(&lash_conn, &scratch->key);

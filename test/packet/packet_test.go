@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"maps"
+	"net/netip"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -84,8 +85,11 @@ var configs = map[string]func(*datapath.Config){
 	"no masquerading": func(c *datapath.Config) {
 		c.Masquerade4, c.Masquerade6 = false, false
 	},
-	"no pod CIDRs":    func(c *datapath.Config) { c.PodCIDRs = nil },
-	"tunnel":          func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
+	"no pod CIDRs": func(c *datapath.Config) { c.PodCIDRs = nil },
+	"tunnel":       func(c *datapath.Config) { c.OverlayIfindex, c.TunnelPort = ifOverlay, 8472 },
+	"known node": func(c *datapath.Config) {
+		c.OverlayIfindex, c.TunnelPort, c.NodeAddrs = ifOverlay, 8472, []netip.Addr{families[0].node, families[1].node}
+	},
 	"drop":            func(c *datapath.Config) { c.DropNoBackend = true },
 	"without routers": func(c *datapath.Config) { c.Routers = nil },
 	"kube-proxy":      func(c *datapath.Config) { c.NoServices = true },

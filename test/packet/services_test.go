@@ -55,38 +55,40 @@ func proto(l4 string) uint8 {
 
 // serve writes a service with the VIP's port and the NodePort as frontends, for TCP, UDP and SCTP.
 func serve(f family, s servicePort) func(*testing.T, *programs) {
-	return func(t *testing.T, p *programs) {
-		put := func(m string, k, v any) {
-			t.Helper()
-			if err := p.dp.Map(m).Put(k, v); err != nil {
-				t.Fatalf("%s: %v", m, err)
-			}
+	return func(t *testing.T, p *programs) { s.put(t, p, f) }
+}
+
+func (s servicePort) put(t testing.TB, p *programs, f family) {
+	put := func(m string, k, v any) {
+		t.Helper()
+		if err := p.dp.Map(m).Put(k, v); err != nil {
+			t.Fatalf("%s: %v", m, err)
 		}
-		p.unserve(t)
-		p.serving = true
-		put("lash_endpoints", bpf.AddrFrom(f.node), bpf.Endpoint{Identity: bpf.IdentityHost, Flags: bpf.EndpointHost | bpf.EndpointNodePort})
-		row := bpf.Service{ID: s.id, Count: uint32(len(s.backends)), First: 1, Local: s.local, Flags: s.flags, Affinity: s.affinity}
-		for i, b := range s.backends {
-			put("lash_backends", bpf.BackendKey{Service: s.id, Slot: uint32(i + 1)}, bpf.Backend{Addr: bpf.AddrFrom(b.Addr()), Port: bpf.ToBE16(b.Port())})
-			put("lash_members", bpf.MemberKey{Service: s.id, Addr: bpf.AddrFrom(b.Addr()), Port: bpf.ToBE16(b.Port())}, uint32(bpf.MemberActive))
-		}
-		for _, r := range s.ranges {
-			put("lash_source_ranges", bpf.SourceRangeKey{Prefixlen: 32 + bpf.IPCacheKeyFrom(r).Prefixlen, Service: s.id, Addr: bpf.AddrFrom(r.Addr())}, uint32(1))
-		}
-		for _, l4 := range []string{"tcp", "udp", "sctp"} {
-			put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(vip(f)), Port: bpf.ToBE16(portVIP), Proto: proto(l4)}, row)
-			put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(unspecified(f)), Port: bpf.ToBE16(portNode), Proto: proto(l4)}, row)
-		}
-		put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(vip(f))}, bpf.Service{Flags: bpf.FrontendAddress | s.flags&bpf.FrontendOutside})
-		put("lash_ports", uint32(portNode), uint8(bpf.PortFrontend|bpf.PortNode))
-		put("lash_ports", uint32(portVIP), uint8(bpf.PortFrontend))
-		put("lash_ports", uint32(portTarget), uint8(bpf.PortBackend))
-		put("lash_ports", uint32(0), uint8(bpf.PortBackend))
 	}
+	p.unserve(t)
+	p.serving = true
+	put("lash_endpoints", bpf.AddrFrom(f.node), bpf.Endpoint{Identity: bpf.IdentityHost, Flags: bpf.EndpointHost | bpf.EndpointNodePort})
+	row := bpf.Service{ID: s.id, Count: uint32(len(s.backends)), First: 1, Local: s.local, Flags: s.flags, Affinity: s.affinity}
+	for i, b := range s.backends {
+		put("lash_backends", bpf.BackendKey{Service: s.id, Slot: uint32(i + 1)}, bpf.Backend{Addr: bpf.AddrFrom(b.Addr()), Port: bpf.ToBE16(b.Port())})
+		put("lash_members", bpf.MemberKey{Service: s.id, Addr: bpf.AddrFrom(b.Addr()), Port: bpf.ToBE16(b.Port())}, uint32(bpf.MemberActive))
+	}
+	for _, r := range s.ranges {
+		put("lash_source_ranges", bpf.SourceRangeKey{Prefixlen: 32 + bpf.IPCacheKeyFrom(r).Prefixlen, Service: s.id, Addr: bpf.AddrFrom(r.Addr())}, uint32(1))
+	}
+	for _, l4 := range []string{"tcp", "udp", "sctp"} {
+		put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(vip(f)), Port: bpf.ToBE16(portVIP), Proto: proto(l4)}, row)
+		put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(unspecified(f)), Port: bpf.ToBE16(portNode), Proto: proto(l4)}, row)
+	}
+	put("lash_services", bpf.ServiceKey{Addr: bpf.AddrFrom(vip(f))}, bpf.Service{Flags: bpf.FrontendAddress | s.flags&bpf.FrontendOutside})
+	put("lash_ports", uint32(portNode), uint8(bpf.PortFrontend|bpf.PortNode))
+	put("lash_ports", uint32(portVIP), uint8(bpf.PortFrontend))
+	put("lash_ports", uint32(portTarget), uint8(bpf.PortBackend))
+	put("lash_ports", uint32(0), uint8(bpf.PortBackend))
 }
 
 // unserve takes all services away.
-func (p *programs) unserve(t *testing.T) {
+func (p *programs) unserve(t testing.TB) {
 	t.Helper()
 	if !p.serving {
 		return

@@ -679,6 +679,20 @@ func TestTunnel(t *testing.T) {
 		{name: "to another node, masqueraded", config: "tunnel", steps: func(f family) []step {
 			return []step{{at: fromA, pkt: packet{src: f.a, dst: f.peer, l4: "udp", sport: 1, dport: 2}, want: egress(bpf.SlowNew), check: translated(f)}}
 		}},
+		{name: "encapsulated, or nearly", config: "known node", steps: func(f family) []step {
+			p := packet{src: f.peer, dst: f.node, l4: "udp", sport: 1000, dport: 8472}
+			first, later, longer, other, pods := p, p, p, p, p
+			first.fragment, later.fragment = &fragment{id: 1, more: true}, &fragment{id: 1, offset: 16}
+			longer.options, other.l4, pods.dst = []byte{1, 1, 1, 1}, "tcp", f.a
+			return []step{
+				{at: netdev, pkt: p, want: pass()},
+				{at: netdev, pkt: first, want: pass()},
+				{at: netdev, pkt: later, want: pass()},
+				{at: netdev, pkt: longer, want: pass()},
+				{at: netdev, pkt: other, want: pass()},
+				{at: netdev, pkt: pods, want: peer(ifA, bpf.SlowNew)},
+			}
+		}},
 		{name: "not from a tunnel", config: "tunnel", steps: func(f family) []step {
 			p := packet{src: f.far, dst: f.a, l4: "udp", sport: 1, dport: 2}
 			broken := frame(p)

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package packet
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lash-net/lash/bpf"
+)
+
+// What a packet costs a program: `go test ./test/packet -run '^$' -bench .` The figure, ns/packet, is the median of runs
+// that the kernel timed itself, each with its clock and its entry into the program. A path is compared with itself before a
+// change, or with another path, of the same run; two builds are compared by running their test binaries in turns.
+
+// costPath is a packet whose program is timed. A new connection's source port is another one each time.
+type costPath struct {
+	name    string
+	config  string
+	opened  func([]byte) input // where the connection's first packet passes; nil: the packet is it
+	first   packet
+	timed   func([]byte) input // where the timed packet passes
+	reply   bool               // it is the answer to what the first became
+	service *servicePort
+}
+
+func costPaths(f family) []costPath {
+	segment := func(src, dst netip.Addr, dport uint16) packet {
+		return packet{src: src, dst: dst, l4: "tcp", sport: 1, dport: dport, flags: "SA"}
+	}
+	pods, across := segment(f.a, f.b, 80), segment(f.a, f.far, 80)
+	out := segment(f.a, f.outside, 80)
+	service := &servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}, local: 1}
+	remote := &servicePort{id: 1, backends: []netip.AddrPort{at(f.peer, portTarget)}, flags: bpf.FrontendOutside}
+	client := segment(f.outside, f.node, portNode)
+	return []costPath{
+		{name: "pod to pod", opened: fromA, first: pods, timed: fromA},
+		{name: "pod to pod, answer", opened: fromA, first: pods, timed: fromB, reply: true},
+		{name: "pod to node", opened: fromA, first: across, timed: fromA},
+		{name: "node to pod", opened: fromA, first: across, timed: netdev, reply: true},
+		{name: "pod to tunnel", config: "tunnel", opened: fromA, first: across, timed: fromA},
+		{name: "host to pod", opened: local, first: segment(f.node, f.b, 80), timed: local},
+		{name: "pod to service", opened: fromA, first: segment(f.a, vip(f), portVIP), timed: fromA, service: service},
+		{name: "pod to service, answer", opened: fromA, first: segment(f.a, vip(f), portVIP), timed: fromB, reply: true, service: service},
+		{name: "masqueraded", opened: fromA, first: out, timed: fromA},
+		{name: "masqueraded, answer", opened: fromA, first: out, timed: netdev, reply: true},
+		{name: "NodePort", opened: netdev, first: client, timed: netdev, service: remote},
+		{name: "NodePort, answer", opened: netdev, first: client, timed: netdev, reply: true, service: remote},
+		{name: "node's own, in", config: "known node", opened: netdev, first: segment(f.peer, f.node, 4240), timed: netdev},
+		{name: "node's own, out", config: "known node", opened: leaving, first: segment(f.node, f.peer, 4240), timed: leaving},
+		{name: "encapsulated", config: "known node", opened: netdev, first: packet{src: f.peer, dst: f.node, l4: "udp", sport: 4242, dport: 8472}, timed: netdev},
+		{name: "new pod to pod", first: pods, timed: fromA},
+		{name: "new pod to node", first: across, timed: fromA},
+		{name: "new node to pod", first: segment(f.far, f.a, 80), timed: netdev},
+		{name: "new pod to tunnel", config: "tunnel", first: across, timed: fromA},
+		{name: "new pod to service", first: segment(f.a, vip(f), portVIP), timed: fromA, service: service},
+		{name: "new masqueraded", first: out, timed: fromA},
+		{name: "new NodePort", first: client, timed: netdev, service: remote},
+	}
+}
+
+func BenchmarkPacket(b *testing.B) {
+	n := theNode(b)
+	for _, f := range families {
+		for _, path := range costPaths(f) {
+			b.Run(path.name+"/"+f.name, func(b *testing.B) {
+				if path.config == "" {
+					path.config = "bpf"
+				}
+				p := n.load(b, path.config)
+				p.forget(b)
+				p.unserve(b)
+				if path.service != nil {
+					path.service.put(b, p, f)
+				}
+				raw := frame(path.first)
+				in := path.timed(raw)
+				fresh := path.opened == nil
+				if fresh {
+					in.frame = syn(in.frame)
+				} else {
+					out, err := p.run(path.opened(syn(raw)))
+					if err != nil {
+						b.Fatal(err)
+					}
+					if path.reply {
+						raw = answer(out.frame)
+					}
+					in = path.timed(raw)
+				}
+				var took []uint32
+				l4 := read(in.frame).l4
+				b.ResetTimer()
+				for i := 0; b.Loop(); i++ {
+					if fresh {
+						if i%3000 == 2999 { // of 4096
+							b.StopTimer()
+							p.forget(b)
+							b.StartTimer()
+						}
+						binary.BigEndian.PutUint16(in.frame[l4:], uint16(1024+i%60000))
+					}
+					ns, err := p.timed(in)
+					if err != nil {
+						b.Fatal(err)
+					}
+					took = append(took, ns)
+				}
+				slices.Sort(took)
+				b.ReportMetric(float64(took[len(took)/2]), "ns/packet")
+				b.ReportMetric(float64(took[len(took)/20]), "ns/best5%")
+				b.ReportMetric(0, "ns/op") // the call's, which nobody asked for
+			})
+		}
+	}
+}
+
+// syn is a frame as its connection's first.
+func syn(frame []byte) []byte {
+	out := slices.Clone(frame)
+	if h := read(out); h.proto == protoTCP {
+		out[h.l4+13] = 0x02
+		mend(out)
+	}
+	return out
+}
+
+// timed runs a packet once. How long that took, by the kernel.
+func (p *programs) timed(in input) (ns uint32, err error) {
+	ctx := skbuff{Ifindex: in.ifindex}
+	attr := struct { // union bpf_attr of BPF_PROG_TEST_RUN
+		fd, verdict, sizeIn, sizeOut uint32
+		dataIn, dataOut              uint64
+		repeat, duration             uint32
+		contextIn, contextOut        uint32
+		context, contextResult       uint64
+		flags, cpu, batch, pad       uint32
+	}{
+		fd: uint32(p.dp.Program(in.program).FD()), repeat: 1, sizeIn: uint32(len(in.frame)), contextIn: uint32(unsafe.Sizeof(ctx)),
+		dataIn: uint64(uintptr(unsafe.Pointer(&in.frame[0]))), context: uint64(uintptr(unsafe.Pointer(&ctx))),
+	}
+	err = p.do(func() error {
+		if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_TEST_RUN, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr)); errno != 0 {
+			return fmt.Errorf("run %s: %w", in.program, errno)
+		}
+		return nil
+	})
+	runtime.KeepAlive(in.frame)
+	return attr.duration, err
+}
