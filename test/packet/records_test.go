@@ -31,7 +31,7 @@ func unhurried(t *testing.T, p *programs) {
 
 // expire lets every record's lifetime end.
 func expire(t *testing.T, p *programs) {
-	p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) { c.Expires = c.Created - 1 })
+	p.change(t, func(_ *bpf.ConnKey, c *bpf.Conn) { c.Expires = c.Created - 2*1000 }) // two seconds ago at the fastest tick
 }
 
 // closed wants every record to be closed by RST, or none.
