@@ -160,7 +160,8 @@ struct conn_key {
 	__be16 hi_port;
 	__u8 proto;
 	__u8 kind;               /* enum key_kind */
-	__u8 pad[2];
+	__u8 pending;            /* in a row of lash_nat: the claim is not sure yet. No record has such a key: the row leads nowhere */
+	__u8 pad[1];
 };
 
 enum key_kind {

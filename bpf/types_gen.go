@@ -90,13 +90,14 @@ type ConnDir struct {
 
 // ConnKey is struct conn_key, 40 bytes.
 type ConnKey struct {
-	Lo     Addr
-	Hi     Addr
-	LoPort BE16
-	HiPort BE16
-	Proto  uint8
-	Kind   uint8
-	_      [2]uint8
+	Lo      Addr
+	Hi      Addr
+	LoPort  BE16
+	HiPort  BE16
+	Proto   uint8
+	Kind    uint8
+	Pending uint8
+	_       [1]uint8
 }
 
 // Count is struct count, 16 bytes.

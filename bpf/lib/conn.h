@@ -52,6 +52,7 @@ static __always_inline bool conn_key(struct conn_key *k, const struct addr *src,
 	}
 	k->proto = proto;
 	k->kind = KEY_TUPLE;
+	k->pending = 0;
 	__builtin_memset(k->pad, 0, sizeof(k->pad));
 	return swap;
 }

@@ -83,7 +83,8 @@ static __noinline bool socket_has(struct __sk_buff *skb, const struct pkt *p, co
 
 /* --- Source ports. Who has a translated tuple has its row of lash_nat. On the node's own addresses the
  * node's sockets take ports, too, without asking: a claim makes its row first and looks for a socket
- * then, while the socket's packets look for the row (apart): whoever comes second gives way. */
+ * then, while the socket's first packet looks for the row (apart): whoever comes second gives way. Until
+ * the claim is sure, its row is pending: answers to a socket that was there first pass. */
 
 /* The first tries are among ports that the node's sockets seldom choose, the others among all. With
  * 97 of 100 ports taken, one connection in a million finds none. */
@@ -106,7 +107,8 @@ static __always_inline bool nat_needed(const struct conn *c, __u32 now, bool pat
 	return c && !past(now, c->expires + cfg_hz) && (patient || !conn_closed(c) || past(c->expires + cfg_hz, now + cfg_ct_close_ticks));
 }
 
-/* nat_free takes a translated tuple from a connection that needs it no more. */
+/* nat_free takes a translated tuple from a connection that needs it no more. False: somebody has it, or is
+ * claiming it. */
 static __noinline bool nat_free(struct scratch *scratch, bool patient)
 {
 	struct conn_key *owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
@@ -117,13 +119,13 @@ static __noinline bool nat_free(struct scratch *scratch, bool patient)
 	if (!owner)
 		return true;
 	c = bpf_map_lookup_elem(&lash_conn, owner);
-	if (nat_needed(c, now, patient))
+	if (owner->pending || nat_needed(c, now, patient))
 		return false;
 	if (!nat_lock(scratch))
 		return false;
 	owner = bpf_map_lookup_elem(&lash_nat, &scratch->nat_key);
 	c = owner ? bpf_map_lookup_elem(&lash_conn, owner) : NULL;
-	is_free = !nat_needed(c, now, patient);
+	is_free = !(owner && owner->pending) && !nat_needed(c, now, patient);
 	if (owner && is_free) {
 		if (c) { /* what it may still send gets another */
 			c->flags &= ~(CONN_NAT | CONN_CLAIMED);
@@ -156,19 +158,23 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 		return 1;
 	conn_key(nk, &scratch->nat, port, &p->dst, p->dport, p->proto);
 	owner = bpf_map_lookup_elem(&lash_nat, nk);
-	if (owner && !conn_key_equal(owner, k)) {
+	if (owner && (owner->pending || !conn_key_equal(owner, k))) {
 		if (!nat_free(scratch, patient))
 			return 1;
 		owner = NULL;
 	}
-	when = bpf_map_lookup_elem(&lash_snat_ports, &number);
-	if (!own && when && number) /* 0: packets without ports, which from_netdev tells by their protocol */
-		*when = now | 1;
 	if (!owner) {
+		k->pending = true;
 		err = bpf_map_update_elem(&lash_nat, nk, k, BPF_NOEXIST);
+		k->pending = false;
 		if (err)
 			return err == -EEXIST ? 1 : DROP(p, DROP_CT_INSERT);
 	}
+	/* The exchange is a barrier, too: the row is there before a socket is looked for.
+	 * 0: packets without ports, which from_netdev tells by their protocol. */
+	when = bpf_map_lookup_elem(&lash_snat_ports, &number);
+	if (!own && when && number)
+		__sync_lock_test_and_set(when, now | 1);
 	/* The tuple may be that of a connection as it is, or of a socket. */
 	other = bpf_map_lookup_elem(&lash_conn, nk);
 	if (other && other != c) {
@@ -180,6 +186,10 @@ __noinline int nat_try(struct __sk_buff *skb, struct pkt *p, struct conn *c, __u
 		bpf_map_delete_elem(&lash_nat, nk);
 		return 1;
 	}
+	owner = bpf_map_lookup_elem(&lash_nat, nk);
+	if (!owner || !conn_key_equal(owner, k))
+		return 1;
+	owner->pending = false;
 	c->flags |= CONN_CLAIMED;
 	if (own && port == p->sport)
 		return 0;
@@ -295,7 +305,7 @@ static __always_inline bool nat_taken(const struct conn_key *k)
 	if (!owner || conn_key_equal(owner, k))
 		return false;
 	c = bpf_map_lookup_elem(&lash_conn, owner);
-	return nat_needed(c, ticks(), true);
+	return owner->pending || nat_needed(c, ticks(), true);
 }
 
 /* apart keeps a connection of the node itself off the tuple of a translated one: it is translated to
@@ -316,6 +326,9 @@ static __noinline int apart(struct __sk_buff *skb, struct pkt *p)
 	scratch->key.kind = KEY_NODE;
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	if (!c || past(now, c->expires) || (tcp_opens(p) && conn_closed(c))) {
+		/* What goes on began with this tuple: its socket was there before any claim. */
+		if (p->proto == IPPROTO_TCP && !tcp_opens(p))
+			return VERDICT_OK;
 		/* From here on the tuple is the node's own, for packets and answers: no row leads them elsewhere. */
 		if (nat_free(scratch, true)) {
 			if (c)

@@ -80,6 +80,9 @@ func (d *Datapath) sweepTranslations(now, hz uint32, cutShort func(error) error)
 	marked := func(port bpf.BE16) bool { when := d.snat.when(port.Host()); return when != 0 && recent(when) }
 	stale := func(translated, owner bpf.ConnKey) (bool, bpf.Conn) {
 		var c bpf.Conn
+		if owner.Pending != 0 {
+			return false, c
+		}
 		err := conns.Lookup(&owner, &c)
 		return errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && translatedKey(owner, c) != unordered(translated) &&
 			!recent(c.Created) && !marked(translated.LoPort) && !marked(translated.HiPort), c
