@@ -121,13 +121,15 @@ func (d *Datapath) sweepTranslations(now, hz uint32, cutShort func(error) error)
 	for _, k := range gone {
 		lock := k
 		lock.Kind = bpf.KeyLock
-		if err := nat.Update(&lock, &lock, ebpf.UpdateNoExist); errors.Is(err, ebpf.ErrKeyExist) {
+		err := nat.Update(&lock, &lock, ebpf.UpdateNoExist)
+		if errors.Is(err, ebpf.ErrKeyExist) {
 			continue // somebody removes it
-		} else if err != nil {
+		}
+		if err != nil && !errors.Is(err, unix.E2BIG) { // no room: for nobody else's lock either
 			return removed, fmt.Errorf("lock translation %v: %w", k, err)
 		}
 		var owner bpf.ConnKey
-		err := nat.Lookup(&k, &owner)
+		err = nat.Lookup(&k, &owner)
 		if err == nil {
 			if old, _ := stale(k, owner); old {
 				removed++

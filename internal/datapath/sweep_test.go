@@ -216,6 +216,25 @@ func TestSweepOfTranslations(t *testing.T) {
 	check(0, "2001/0 2002/0 2004/0 2008/0", "2001 2002 2004 2006 2008") // the lock was there twice
 }
 
+// Translations that nobody needs are removed also when there is no room for a lock.
+func TestSweepOfTranslationsThatFillTheMap(t *testing.T) {
+	d := withMaps(t, Config{})
+	nat := d.maps["lash_nat"]
+	for i := range nat.MaxEntries() {
+		k := bpf.ConnKey{LoPort: bpf.ToBE16(uint16(i)), Proto: 17}
+		if err := nat.Put(&k, &bpf.ConnKey{HiPort: bpf.ToBE16(uint16(i)), Proto: 17}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err := d.Sweep(context.Background()); err != nil || s.Translations != int(nat.MaxEntries()) {
+		t.Errorf("%d of %d translations removed, %v", s.Translations, nat.MaxEntries(), err)
+	}
+	var k, owner bpf.ConnKey
+	if nat.Iterate().Next(&k, &owner) {
+		t.Errorf("row %v is left", k)
+	}
+}
+
 // A record is left for a second after it has expired: a program may have found it alive just before.
 func TestSweepLeavesWhatExpiredAMomentAgo(t *testing.T) {
 	d := withMaps(t, Config{})
