@@ -14,6 +14,7 @@ var dropNames = map[uint8]string{
 	DropNoService: "Service backend not found", DropClusterIP: "Is a ClusterIP", DropSourceRange: "Denied by LB src range check",
 	DropTTL: "TTL exceeded", DropDenylist: "Policy denied by denylist",
 	DropVLAN: "VLAN traffic disallowed by VLAN filter", DropNoEndpoint: "Endpoint program not available",
+	DropTupleTaken: "DSR: Tuple of another connection",
 }
 
 // DropName is the text of a drop reason, as the field's tools print it.

@@ -138,8 +138,12 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 		nat = p->v6 ? dev->ip6 : dev->ip4;
 		decide_egress(forth, IN_NETDEV, hop, 0);
 	}
-	if (!(c->flags & (CONN_CLAIMED | CONN_DSR)) && cfg_dsr && lb_direct(scratch, c) &&
-	    dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
+	/* A client that opens for the third time was not answered: the backend's node has its tuple already (dsr_taken), or
+	 * the network does not take the option. Not the second time: that answer may be late. */
+	if ((c->flags & CONN_DSR) && tcp_opens(p) && !(c->state & STATE_REPLIED) && c->orig.packets > 1)
+		c->flags &= ~CONN_DSR;
+	else if (!(c->flags & (CONN_CLAIMED | CONN_DSR)) && cfg_dsr && lb_direct(scratch, c) &&
+		 dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
 		c->flags |= CONN_DSR;
 	if (!(c->flags & CONN_DSR)) {
 		err = lb_claim(skb, p, c, &nat);

@@ -495,6 +495,7 @@ const (
 	DropVLAN            = 182
 	DropTTL             = 196
 	DropNoEndpoint      = 203
+	DropTupleTaken      = 254
 )
 
 // enum endpoint_flags.

@@ -34,6 +34,7 @@ enum drop_reason {
 	DROP_VLAN            = 182, /* VLAN traffic disallowed by VLAN filter */
 	DROP_TTL             = 196, /* TTL exceeded */
 	DROP_NO_ENDPOINT     = 203, /* Endpoint program not available */
+	DROP_TUPLE_TAKEN     = 254, /* DSR: Tuple of another connection; Lash's own */
 };
 
 enum file_id {

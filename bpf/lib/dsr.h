@@ -115,6 +115,25 @@ static __always_inline bool direct(const struct pkt *p, const struct conn *c)
 	return (c && (c->flags & (CONN_DNAT | CONN_DSR))) || (cfg_dsr && (p->flags & PKT_EXTENSION));
 }
 
+/* dsr_taken: a SYN has the tuple of a connection that its client has by way of another frontend, be it one that
+ * this node serves: the backend could not tell the two apart. */
+static __noinline bool dsr_taken(const struct pkt *p, const struct conn *c, const struct addr *frontend, __be16 port)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_key *owner;
+
+	if (!scratch || !tcp_opens(p))
+		return false;
+	if ((c->flags & CONN_DSR) && (c->to_port != port || !addr_equal(&c->to_addr, frontend)))
+		return true;
+	owner = bpf_map_lookup_elem(&lash_nat, &scratch->key);
+	if (!owner || !nat_needed(bpf_map_lookup_elem(&lash_conn, owner), ticks(), false))
+		return false;
+	bpf_map_delete_elem(&lash_conn, &scratch->key); /* answers would find it before the other */
+	return true;
+}
+
 /* dsr_note remembers the frontend that a packet with an option was sent for in its connection, whose
  * answers then come from there. 0 or a drop reason. */
 static __always_inline int dsr_note(struct __sk_buff *skb, struct pkt *p, struct conn *c)
@@ -128,6 +147,10 @@ static __always_inline int dsr_note(struct __sk_buff *skb, struct pkt *p, struct
 	err = dsr_read(skb, p, &frontend, &port);
 	if (err || !port)
 		return err;
+	if (dsr_taken(p, c, &frontend, port))
+		return DROP(p, DROP_TUPLE_TAKEN); /* the client's third SYN will come translated (to_backend) */
+	if (!(c->flags & CONN_DSR))
+		c->orig.epoch = c->reply.epoch = 0; /* decided for what it was without */
 	c->to_addr = frontend;
 	c->to_port = port;
 	c->flags |= CONN_DSR;

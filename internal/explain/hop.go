@@ -465,6 +465,7 @@ var remedies = map[uint8]string{
 	bpf.DropNoEndpoint:      "the pod's device is not known: the agent was not there when the pod was made, or is about to remove it; 'lash endpoint list'",
 	bpf.DropNoFragment:      "fragments came without or before their first; a smaller MTU or path MTU discovery avoids them",
 	bpf.DropFIB:             "the kernel could not look up a route: its log (dmesg) may say why",
+	bpf.DropTupleTaken:      "the client has a connection from the same port to this backend by way of another frontend, and the backend could not tell them apart: the client's third SYN is answered, by SNAT; 'lash bpf ct list' shows the other one",
 	bpf.DropVLAN:            "pods send untagged frames",
 	bpf.DropDenylist:        "the source is in the node's prefilter: 'lash prefilter list' shows it, 'lash prefilter delete' takes it out",
 }

@@ -23,10 +23,9 @@ import (
 var servicesYAML string
 
 const (
-	replicas   = 6    // of the deployment that ends gracefully
-	fullRate   = 2000 // requests a second during a rolling restart
-	sharedRate = 500  // of each path, where all are loaded at once
-	quietRate  = 50   // of each path, beside everything that happens to the agents
+	replicas  = 6    // of the deployment that ends gracefully
+	fullRate  = 2000 // requests a second during a rolling restart, of all paths that are loaded together
+	quietRate = 50   // of each path, beside everything that happens to the agents
 
 	graceful   = 12 * time.Second // that its pods serve after they were told to end (services.yaml)
 	agentsGone = 10 * time.Second // at least
@@ -269,7 +268,7 @@ func (s *serviceStory) keptUp(name string, l loaded, rate int) {
 }
 
 func (s *serviceStory) restartWhileKilled(ctx context.Context) error {
-	results, err := s.onPaths(ctx, s.paths, "graceful", sharedRate, func(ctx context.Context) error { return s.restart(ctx, "graceful", s.killAll) })
+	results, err := s.onPaths(ctx, s.paths, "graceful", fullRate/len(s.paths), func(ctx context.Context) error { return s.restart(ctx, "graceful", s.killAll) })
 	for i, l := range results {
 		err = errors.Join(err, named(s.paths[i].name, l.verdict(&s.diary)))
 	}
@@ -278,7 +277,7 @@ func (s *serviceStory) restartWhileKilled(ctx context.Context) error {
 
 // abruptRestart prints what graceful termination spares. That something fails proves that the generators see it.
 func (s *serviceStory) abruptRestart(ctx context.Context) error {
-	results, err := s.onPaths(ctx, s.paths, "abrupt", sharedRate, func(ctx context.Context) error { return s.restart(ctx, "abrupt", nil) })
+	results, err := s.onPaths(ctx, s.paths, "abrupt", fullRate/len(s.paths), func(ctx context.Context) error { return s.restart(ctx, "abrupt", nil) })
 	for i, l := range results {
 		if s.abrupt[s.paths[i].name] = l; l.Failed == 0 {
 			err = errors.Join(err, fmt.Errorf("%s: nothing failed, though servers ended with requests under way", s.paths[i].name))

@@ -602,6 +602,55 @@ func TestDirectServerReturn(t *testing.T) {
 				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowReopened), check: ends(f.outside, 1000, f.far, portTarget+1)},
 			}
 		}},
+		test{name: "not answered by the backend's node: by way of this node, the third time", config: "dsr", steps: func(f family) []step {
+			tcp := func(flags string) packet {
+				return packet{src: f.outside, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: flags}
+			}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: flags})},
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowNew), check: ends(f.outside, 1000, f.far, portTarget)},
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowReopened), check: ends(f.outside, 1000, f.far, portTarget)},
+				{at: netdev, pkt: tcp("S"), want: egress(bpf.SlowReopened), check: ends(f.node, 0, f.far, portTarget)},
+				{at: netdev, pkt: tcp("A"), want: egress(bpf.SlowNot), check: ends(f.node, 0, f.far, portTarget)},
+			}
+		}},
+		test{name: "a client's port has a connection by way of another frontend", config: "dsr", steps: func(f family) []step {
+			syn := func(frontend netip.Addr, port uint16) packet {
+				p := option(frontend, port)
+				p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+				return p
+			}
+			answer := packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: syn(vip(f), portVIP), want: peer(ifA, bpf.SlowExtension)},
+				{at: netdev, pkt: syn(f.peer, portNode), want: dropped(bpf.DropTupleTaken)},
+				{at: netdev, pkt: syn(vip(f), portVIP), want: peer(ifA, bpf.SlowExtension)},
+				{at: fromA, pkt: answer, want: egress(bpf.SlowNot), check: ends(vip(f), portVIP, f.outside, 1000)},
+			}
+		}},
+		test{name: "a client's port has a connection by way of this node", config: "dsr", steps: func(f family) []step {
+			p := option(f.peer, portNode)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: packet{src: f.outside, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: peer(ifA, bpf.SlowNew)},
+				{at: netdev, pkt: p, want: dropped(bpf.DropTupleTaken)},
+				{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(vip(f), portVIP, f.outside, 1000)},
+			}
+		}},
+		test{name: "what was open without an option answers by the frontend from then on", config: "dsr", steps: func(f family) []step {
+			p := option(vip(f), portVIP)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
+			answer := packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: packet{src: f.outside, dst: f.a, l4: "tcp", sport: 1000, dport: portTarget, flags: "A"}, want: peer(ifA, bpf.SlowNew)},
+				{at: fromA, pkt: answer, want: egress(bpf.SlowNot), check: ends(f.a, portTarget, f.outside, 1000)},
+				{at: netdev, pkt: p, want: peer(ifA, bpf.SlowExtension)},
+				{at: fromA, pkt: answer, want: egress(bpf.SlowNot), check: ends(vip(f), portVIP, f.outside, 1000)},
+			}
+		}},
 		test{name: "another node's NodePort", config: "dsr", steps: func(f family) []step {
 			p := option(f.peer, portNode)
 			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
