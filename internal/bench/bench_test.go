@@ -38,8 +38,12 @@ func sample(values map[string][2]float64) *Report {
 	for name, v := range values {
 		path, rest, _ := strings.Cut(name, "/")
 		kind, family, _ := strings.Cut(rest, "/")
+		beside := ""
+		if path == Direct {
+			beside = "lash-same"
+		}
 		for round, x := range v {
-			r.Cells = append(r.Cells, Cell{Round: round, Path: path, Kind: kind, Family: int(family[0] - '0'), Value: x})
+			r.Cells = append(r.Cells, Cell{Round: round, Path: path, Beside: beside, Kind: kind, Family: int(family[0] - '0'), Value: x})
 		}
 	}
 	return r
@@ -60,6 +64,55 @@ func TestRatiosArePairedWithinARound(t *testing.T) {
 	}
 	if r.Results[0].Ratio != 0 || r.Results[0].Verdict != "" {
 		t.Errorf("the baseline is compared with something: %+v", r.Results[0])
+	}
+}
+
+func TestABaselineIsComparedWithWhatItWasMeasuredBeside(t *testing.T) {
+	r := sample(map[string][2]float64{"direct/rr/4": {5, 10}, "lash-same/rr/4": {5, 10}})
+	for round := range r.Rounds { // when it was the other path's turn, the machine was slow
+		r.Cells = append(r.Cells, Cell{Round: round, Path: Direct, Beside: "limit-same", Kind: RR, Family: 4, Value: 100}, Cell{Round: round, Path: "limit-same", Kind: RR, Family: 4, Value: 100})
+	}
+	r.evaluate(append(slices.Clone(twoPaths), Path{Name: "limit-same", Group: SameNode, Against: Direct}), []string{RR}, []int{4})
+	for _, x := range r.Results[1:] {
+		if x.Ratio != 1 {
+			t.Errorf("%s: ratio %v, want 1", x.Path, x.Ratio)
+		}
+	}
+	if got := r.Results[0]; got.Best != 5 || got.Failed != 0 {
+		t.Errorf("the baseline is the best of all its figures: %+v", got)
+	}
+}
+
+func TestEveryPathIsComparedOnce(t *testing.T) {
+	for _, names := range []string{"", "all", "lash-events", "direct"} {
+		paths, err := Select(items(names))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wireds []*wired
+		for _, p := range paths {
+			wireds = append(wireds, &wired{Path: p})
+		}
+		measured := map[string]int{} // path and kind
+		for _, c := range comparisons(wireds, Kinds) {
+			measured[c.path.Name+"/"+c.kind]++
+			if c.baseline != nil {
+				if c.baseline.Name != c.path.Against {
+					t.Errorf("%s is compared with %s", c.path.Name, c.baseline.Name)
+				}
+				measured[c.baseline.Name+"/"+c.kind] += 1 << 16 // at least once
+			} else if c.path.Against != "" {
+				t.Errorf("%s is compared with nothing", c.path.Name)
+			}
+		}
+		for _, p := range paths {
+			for _, kind := range Kinds {
+				n := measured[p.Name+"/"+kind]
+				if p.carries(kind) && (n == 0 || n&0xffff > 1) || !p.carries(kind) && n > 0 || p.Against != "" && p.carries(kind) && n&0xffff != 1 {
+					t.Errorf("paths %q: %s of %s is measured %d times", names, kind, p.Name, n)
+				}
+			}
+		}
 	}
 }
 

@@ -10,6 +10,7 @@
 //
 // Client and server of rr, crr, stream and pps share one CPU at real-time priority:
 // a figure is then the CPU cost of the whole path, not of wake-ups between CPUs.
-// Cells are short and shuffled; each is compared with its baseline of the same
-// round, measured next to it, and the median of those ratios is the result.
+// Every path is measured by turns with its own baseline, each for a moment: baseline,
+// path, path, baseline. What the machine does meanwhile is in both figures. The rounds
+// are many and shuffled, and the median of their ratios is the result.
 package bench

@@ -32,8 +32,8 @@ func Main(ctx context.Context, args []string, file string, out, progress io.Writ
 		fmt.Fprintln(out, "Measures Lash against bare network namespaces in the same run. Needs root; makes its own namespaces and leaves nothing.\n\nFlags:")
 		fs.PrintDefaults()
 	}
-	rounds := fs.Int("rounds", 12, "rounds; a result needs at least ten")
-	cell := fs.Duration("cell", 200*time.Millisecond, "measured time of one connection")
+	rounds := fs.Int("rounds", 16, "rounds; a result needs at least ten")
+	cell := fs.Duration("cell", 60*time.Millisecond, "measured time of one connection; there are two or three a figure")
 	paths := fs.String("paths", "", "comma-separated paths, whose baselines come along; all for every one (default: those of Lash and its limits)")
 	kinds := fs.String("kinds", strings.Join(Kinds, ","), "comma-separated kinds of traffic")
 	families := fs.String("families", "4,6", "address families")

@@ -56,7 +56,7 @@ type Row struct {
 type FamilyPair struct {
 	Path    string  `json:"path"`
 	Kind    string  `json:"kind"`
-	Raw     float64 `json:"raw"`        // median of v6/v4 of a round
+	Raw     float64 `json:"raw"`        // median over rounds of v6/v4
 	Ratio   float64 `json:"toBaseline"` // the same of both families' ratios to their own baselines
 	Verdict string  `json:"verdict,omitempty"`
 }
@@ -78,13 +78,19 @@ func newReport(o Options, b *bed, cells []Cell, programs []ProgramCost) *Report 
 // evaluate fills Results, Families and OK from Cells.
 func (r *Report) evaluate(paths []Path, kinds []string, families []int) {
 	type key struct {
+		round, family      int
+		path, beside, kind string
+	}
+	type side struct {
 		round, family int
 		path, kind    string
 	}
-	figures := map[key]float64{}
+	figures, raw := map[key]float64{}, map[side][]float64{}
 	for _, c := range r.Cells {
 		if c.Error == "" && c.Value > 0 {
-			figures[key{c.Round, c.Family, c.Path, c.Kind}] = c.Value
+			figures[key{c.Round, c.Family, c.Path, c.Beside, c.Kind}] = c.Value
+			s := side{c.Round, c.Family, c.Path, c.Kind}
+			raw[s] = append(raw[s], c.Value)
 		}
 	}
 	r.OK = len(r.Cells) > 0
@@ -97,14 +103,18 @@ func (r *Report) evaluate(paths []Path, kinds []string, families []int) {
 				row := Row{Group: p.Group, Path: p.Name, Kind: kind, Family: family}
 				var values, ratios []float64
 				for round := range r.Rounds {
-					v, ok := figures[key{round, family, p.Name, kind}]
-					if !ok {
+					all := raw[side{round, family, p.Name, kind}]
+					if len(all) == 0 {
 						row.Failed++
 						continue
 					}
-					values = append(values, v)
-					if base, ok := figures[key{round, family, p.Against, kind}]; ok {
+					values = append(values, all...)
+					v, ok := figures[key{round, family, p.Name, "", kind}]
+					base, compared := figures[key{round, family, p.Against, p.Name, kind}]
+					if ok && compared {
 						ratios = append(ratios, v/base)
+					} else if p.Against != "" {
+						row.Failed++
 					}
 				}
 				row.Median, row.Best = quantile(values, .5), best(kind, values)
@@ -123,21 +133,20 @@ func (r *Report) evaluate(paths []Path, kinds []string, families []int) {
 				r.Results = append(r.Results, row)
 			}
 			if slices.Contains(families, 4) && slices.Contains(families, 6) {
-				var raw, relative []float64
+				var plain, relative []float64
 				for round := range r.Rounds {
-					v4, ok4 := figures[key{round, 4, p.Name, kind}]
-					v6, ok6 := figures[key{round, 6, p.Name, kind}]
-					if !ok4 || !ok6 {
+					v4, v6 := quantile(raw[side{round, 4, p.Name, kind}], .5), quantile(raw[side{round, 6, p.Name, kind}], .5)
+					if v4 == 0 || v6 == 0 {
 						continue
 					}
-					raw = append(raw, v6/v4)
-					b4, ok4 := figures[key{round, 4, p.Against, kind}]
-					b6, ok6 := figures[key{round, 6, p.Against, kind}]
-					if ok4 && ok6 {
+					plain = append(plain, v6/v4)
+					v4, v6 = figures[key{round, 4, p.Name, "", kind}], figures[key{round, 6, p.Name, "", kind}]
+					b4, b6 := figures[key{round, 4, p.Against, p.Name, kind}], figures[key{round, 6, p.Against, p.Name, kind}]
+					if v4 > 0 && v6 > 0 && b4 > 0 && b6 > 0 {
 						relative = append(relative, (v6/b6)/(v4/b4))
 					}
 				}
-				f := FamilyPair{Path: p.Name, Kind: kind, Raw: quantile(raw, .5), Ratio: quantile(relative, .5)}
+				f := FamilyPair{Path: p.Name, Kind: kind, Raw: quantile(plain, .5), Ratio: quantile(relative, .5)}
 				if _, ok := gates[p.Group][kind]; ok && p.Gated {
 					f.Verdict = pass
 					gate := 1 - familyGate
@@ -195,7 +204,7 @@ func (r *Report) Print(w io.Writer) error {
 		priority = "ORDINARY PRIORITY: real-time was not permitted, figures are noisier"
 	}
 	fmt.Fprintf(w, "%s, kernel %s, %d rounds of %s cells, %s, %s\n", r.Machine, r.Kernel, r.Rounds, r.CellTime, r.Congestion, priority)
-	fmt.Fprintf(w, "Ratios are medians over rounds of the figure divided by its baseline's of the same round.\n\n")
+	fmt.Fprintf(w, "Ratios are medians over rounds of the figure divided by its baseline's, measured beside it by turns.\n\n")
 	t := tabwriter.NewWriter(w, 2, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "group\tpath\tkind\tIP\tmedian\tbest\tunit\tratio\tquartiles\tlimit\tCilium\tgate\tverdict\t")
 	for _, x := range r.Results {

@@ -21,7 +21,7 @@ var Kinds = []string{RR, CRR, Stream, StreamX, Flood}
 // Options says what to measure and for how long.
 type Options struct {
 	Rounds   int           // at least 1; ten for a result
-	Cell     time.Duration // measured time of one cell
+	Cell     time.Duration // measured time of one connection
 	Paths    []Path
 	Kinds    []string
 	Families []int // 4, 6
@@ -31,10 +31,11 @@ type Options struct {
 // warmTime precedes the measured time of each cell, on the same connection.
 func (o Options) warmTime() time.Duration { return max(o.Cell/5, 30*time.Millisecond) }
 
-// Cell is one measurement.
+// Cell is one figure: of a path, or of its baseline as it was measured beside it.
 type Cell struct {
 	Round  int     `json:"round"`
 	Path   string  `json:"path"`
+	Beside string  `json:"beside,omitempty"` // of a baseline: the path that this is to be compared with
 	Kind   string  `json:"kind"`
 	Family int     `json:"family"`
 	Value  float64 `json:"value"` // rr: µs an exchange; crr: connects a second; streams: Gbit/s; pps: datagrams a second
@@ -196,51 +197,84 @@ func value(kind string, client, server Result) float64 {
 	return float64(server.Count) * 8 / server.Time.Seconds() / 1e9
 }
 
-// streams is how many connections one figure of a stream is the median of: about one connection in five settles at four
-// fifths of the others' rate, on every path, bare ones included.
-const streams = 3
-
-// measure is the figure of one cell.
-func (b *bed) measure(w *wired, kind string, family int, o Options) (float64, error) {
-	n := 1
+// repeats is how many connections one figure is the median of. Of streams about one in five settles at four fifths of
+// the others' rate, on every path, bare ones included.
+func repeats(kind string) int {
 	if kind == Stream || kind == StreamX {
-		n = streams
+		return 3
 	}
-	var values []float64
-	for range n {
-		client, server, err := b.cell(w, kind, family, o.warmTime(), o.Cell)
-		if err != nil {
-			return 0, err
-		}
-		values = append(values, value(kind, client, server))
-	}
-	return quantile(values, .5), nil
+	return 2
 }
 
-// rounds measures every cell once a round. Within a round the kinds come in any
-// order, and the paths and families of a kind in any order, next to each other:
-// a cell and its baseline share the machine's mood.
+// comparison is a path and its baseline, measured by turns: what changes in the machine meanwhile, changes for both.
+type comparison struct {
+	path, baseline *wired // nil: the path is a baseline that nothing is compared with
+	kind           string
+}
+
+// comparisons are all that one round makes.
+func comparisons(paths []*wired, kinds []string) []comparison {
+	var all []comparison
+	for _, w := range paths {
+		for _, kind := range kinds {
+			c := comparison{path: w, kind: kind}
+			if i := slices.IndexFunc(paths, func(b *wired) bool { return b.Name == w.Against }); i >= 0 {
+				c.baseline = paths[i]
+			}
+			compared := slices.ContainsFunc(paths, func(o *wired) bool { return o.Against == w.Name && o.carries(kind) })
+			if w.carries(kind) && (c.baseline != nil || !compared) {
+				all = append(all, c)
+			}
+		}
+	}
+	return all
+}
+
+// compare measures both sides of a comparison in each family, the families in any order: baseline, path, path, baseline, and
+// so on. An error is the figure's.
+func (b *bed) compare(c comparison, round int, o Options) []Cell {
+	var cells []Cell
+	for _, i := range rand.Perm(len(o.Families)) {
+		sides := []Cell{{Round: round, Path: c.path.Name, Kind: c.kind, Family: o.Families[i]}}
+		ends := []*wired{c.path}
+		if c.baseline != nil {
+			sides = append(sides, Cell{Round: round, Path: c.baseline.Name, Beside: c.path.Name, Kind: c.kind, Family: o.Families[i]})
+			ends = append(ends, c.baseline)
+		}
+		values := make([][]float64, len(sides))
+		for n := range repeats(c.kind) * len(sides) {
+			at := len(sides) - 1 - n%len(sides)
+			if n/len(sides)%2 == 1 {
+				at = n % len(sides)
+			}
+			client, server, err := b.cell(ends[at], c.kind, sides[at].Family, o.warmTime(), o.Cell)
+			if err != nil {
+				sides[at].Error = err.Error()
+				o.Say("%s %s IPv%d: %v", sides[at].Path, c.kind, sides[at].Family, err)
+				continue
+			}
+			values[at] = append(values[at], value(c.kind, client, server))
+		}
+		for at := range sides {
+			sides[at].Value = quantile(values[at], .5)
+		}
+		cells = append(cells, sides...)
+	}
+	return cells
+}
+
+// rounds makes every comparison once a round, in any order.
 func (b *bed) rounds(ctx context.Context, o Options) ([]Cell, error) {
 	var cells []Cell
-	var err error
+	all := comparisons(b.paths, o.Kinds)
 	begin := time.Now()
 	for round := range o.Rounds {
-		kinds := slices.Clone(o.Kinds)
-		rand.Shuffle(len(kinds), func(i, j int) { kinds[i], kinds[j] = kinds[j], kinds[i] })
-		for _, kind := range kinds {
-			block := b.block(o, round, kind)
-			for i := range block {
-				c := &block[i]
-				if ctx.Err() != nil {
-					return cells, ctx.Err()
-				}
-				w := b.paths[slices.IndexFunc(b.paths, func(w *wired) bool { return w.Name == c.Path })]
-				if c.Value, err = b.measure(w, kind, c.Family, o); err != nil {
-					c.Error = err.Error()
-					o.Say("%s %s IPv%d: %v", c.Path, kind, c.Family, err)
-				}
-				cells = append(cells, *c)
+		rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		for _, c := range all {
+			if ctx.Err() != nil {
+				return cells, ctx.Err()
 			}
+			cells = append(cells, b.compare(c, round, o)...)
 		}
 		for _, c := range b.topology.clusters {
 			if err := c.sweep(ctx); err != nil {
@@ -254,20 +288,6 @@ func (b *bed) rounds(ctx context.Context, o Options) ([]Cell, error) {
 	return cells, nil
 }
 
-func (b *bed) block(o Options, round int, kind string) []Cell {
-	var block []Cell
-	for _, w := range b.paths {
-		for _, f := range o.Families {
-			if !w.carries(kind) {
-				continue
-			}
-			block = append(block, Cell{Round: round, Path: w.Name, Kind: kind, Family: f})
-		}
-	}
-	rand.Shuffle(len(block), func(i, j int) { block[i], block[j] = block[j], block[i] })
-	return block
-}
-
 // Run sets the paths up, measures them and takes everything down.
 func Run(ctx context.Context, o Options) (*Report, error) {
 	runtime.LockOSThread()
@@ -277,7 +297,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		return nil, err
 	}
 	defer b.close()
-	o.Say("%d paths are set up; %d rounds, about %s", len(b.paths), o.Rounds, o.estimate().Round(time.Second))
+	o.Say("%d paths are set up; %d rounds, about %s", len(b.paths), o.Rounds, b.estimate(o).Round(time.Second))
 	cells, err := b.rounds(ctx, o)
 	if err != nil {
 		return nil, err
@@ -298,18 +318,15 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	return report, nil
 }
 
-func (o Options) estimate() time.Duration {
+// estimate is how long the rounds take: what precedes and follows a connection's measured time is some 20 ms.
+func (b *bed) estimate(o Options) time.Duration {
 	n := 0
-	for _, p := range o.Paths {
-		for _, kind := range o.Kinds {
-			switch {
-			case !p.carries(kind):
-			case kind == Stream || kind == StreamX:
-				n += streams
-			default:
-				n++
-			}
+	for _, c := range comparisons(b.paths, o.Kinds) {
+		sides := 1
+		if c.baseline != nil {
+			sides = 2
 		}
+		n += sides * repeats(c.kind)
 	}
-	return time.Duration(o.Rounds*n*len(o.Families)) * (o.Cell + o.warmTime() + 60*time.Millisecond)
+	return time.Duration(o.Rounds*n*len(o.Families)) * (o.Cell + o.warmTime() + 20*time.Millisecond)
 }
