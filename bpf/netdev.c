@@ -323,6 +323,7 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 	enum slow_reason why = SLOW_NEW;
 	struct pkt p;
 	int verdict;
+	bool pods;
 
 	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
 	if (unlikely(skb->vlan_present) && (skb->vlan_tci & 0xfff))
@@ -337,9 +338,10 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 		return VERDICT_OK;
 	if (verdict)
 		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
-	if (!for_pods(&p, &p.dst) && !concerns(&p, skb->pkt_type == PACKET_HOST))
+	pods = for_pods(&p, &p.dst);
+	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST))
 		return VERDICT_OK;
-	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, &why);
+	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, !pods && snat_claimed(bpf_ntohs(p.dport)), &why);
 	if (verdict == NOT_FAST)
 		slow_pkt(&p, why);
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;

@@ -253,7 +253,7 @@ static __noinline int from_container_fast(struct __sk_buff *skb)
 		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
 	}
 	if (!verdict)
-		verdict = conn_fast(skb, &p, HOOK_POD, in, &why);
+		verdict = conn_fast(skb, &p, HOOK_POD, in, false, &why);
 	if (verdict == NOT_FAST)
 		slow_pkt(&p, why);
 	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_POD, verdict) : verdict;

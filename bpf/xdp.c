@@ -70,7 +70,7 @@ static __always_inline int follow(struct xdp_md *ctx, struct pkt *p, bool v6)
 	/* What changes a connection's state is from_netdev's to see. */
 	if ((p->tcp & (TCP_SYN | TCP_FIN | TCP_RST)) || p->ttl <= 1)
 		return XDP_PASS;
-	if (conn_follow(p, &k, IN_NETDEV, &f) != SLOW_NOT || f.d->action != ACTION_EGRESS || conn_due(f.rt, f.d, p, f.now))
+	if (conn_follow(p, &k, IN_NETDEV, snat_claimed(bpf_ntohs(p->dport)), &f) != SLOW_NOT || f.d->action != ACTION_EGRESS || conn_due(f.rt, f.d, p, f.now))
 		return XDP_PASS;
 	out = f.d->out_ifindex;
 	dmac = f.d->dmac;

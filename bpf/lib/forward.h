@@ -207,8 +207,9 @@ struct followed {
 };
 
 /* conn_follow finds the decision that the packet's connection has for it, under key k, and which holds for a packet
- * that arrives at in. SLOW_NOT, or the reason why there is none. */
-static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct conn_key *k, __u32 in, struct followed *f)
+ * that arrives at in. answers: it is likely the answer to a translated connection, to be found by its translated tuple.
+ * SLOW_NOT, or the reason why there is none. */
+static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct conn_key *k, __u32 in, bool answers, struct followed *f)
 {
 	__u32 zero = 0;
 	bool from_hi;
@@ -216,15 +217,22 @@ static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct 
 	if (unlikely(p->flags & (PKT_FRAGMENT | PKT_ICMP_ERROR | PKT_EXTENSION)))
 		return p->flags & PKT_FRAGMENT ? SLOW_FRAGMENT : p->flags & PKT_ICMP_ERROR ? SLOW_ICMP_ERROR : SLOW_EXTENSION;
 	from_hi = pkt_key(k, p);
+	f->orig = false;
+	if (answers) {
+		f->c = conn_answered(k, p);
+		if (likely(f->c))
+			goto found;
+		pkt_key(k, p);
+	}
 	f->c = bpf_map_lookup_elem(&lash_conn, k);
 	if (likely(f->c)) {
 		f->orig = conn_from_initiator(f->c, from_hi);
 	} else {
-		f->c = conn_answered(k, p);
+		f->c = answers ? NULL : conn_answered(k, p);
 		if (!f->c)
 			return SLOW_NEW;
-		f->orig = false;
 	}
+found:
 	f->d = f->orig ? &f->c->orig : &f->c->reply;
 	f->rt = bpf_map_lookup_elem(&lash_runtime, &zero);
 	if (unlikely(!f->rt || f->d->epoch != f->rt->epoch))
@@ -245,13 +253,13 @@ static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct 
 /* conn_fast follows the connection's decision for this packet, if one holds.
  * The verdict, or NOT_FAST with the reason in *why. */
 static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const enum hook hook,
-				     __u32 in, enum slow_reason *why)
+				     __u32 in, bool answers, enum slow_reason *why)
 {
 	struct conn_key k;
 	struct followed f;
 	int verdict;
 
-	*why = conn_follow(p, &k, in, &f);
+	*why = conn_follow(p, &k, in, answers, &f);
 	if (unlikely(*why != SLOW_NOT))
 		return NOT_FAST;
 	if (hook == HOOK_OVERLAY && unlikely(!sent_by(skb, f.c, f.orig))) {
