@@ -57,7 +57,7 @@ type probe struct {
 type probeResult struct {
 	Sent, Received, Lost, Overflowed int64
 	Resent, Needless                 int64
-	FirstLost, LastLost              *time.Time
+	FirstLost, LastLost, FirstStray  *time.Time
 	LostRuns, Strays                 int64
 	MaxGapMS                         float64
 	MaxGapAt                         time.Time

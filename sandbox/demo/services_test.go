@@ -70,6 +70,21 @@ func TestVerdictOnRepinnedDatagrams(t *testing.T) {
 	}
 }
 
+func TestDatagramsUnderWay(t *testing.T) {
+	moved := time.Now()
+	late, early := moved.Add(time.Millisecond), moved.Add(-300*time.Millisecond)
+	for _, c := range []struct {
+		what  string
+		first *time.Time
+		want  int64
+	}{{"no answer came from the backend itself", nil, 0}, {"they came when the flow had another", &late, 13}, {"they came while it had that one", &early, 0}} {
+		r := probeResult{Lost: 13, Strays: 14, FirstStray: c.first, Servers: map[string]server{"new": {First: moved}}}
+		if got := underWayWith(r, "new"); got != c.want {
+			t.Errorf("%s: %d of 13 were under way, want %d", c.what, got, c.want)
+		}
+	}
+}
+
 // Every object of malformed.yaml has its report, or is in order or refused by its name.
 func TestEveryMalformedObjectHasAReport(t *testing.T) {
 	events := map[string][]string{}

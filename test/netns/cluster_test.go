@@ -107,7 +107,7 @@ type options struct {
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
 	netfilter     bool   // not BPF masquerades
-	allPorts      bool   // masquerading has those that the agent gives it
+	allPorts      bool   // masquerading has those that the agent gives it, and connections are remembered for long
 	shared        bool   // masquerading uses sharedPorts, and connections are forgotten soon
 	connMax       uint32 // rows of lash_conn; 0: 65536
 	dropNoBackend bool   // services without backends drop instead of refusing
@@ -252,10 +252,10 @@ func (nd *node) open(c *cluster, o options) error {
 		snatMin, snatMax = 30000, 30003
 	}
 	var snatFarMin, snatFarMax uint16
-	if o.allPorts {
-		snatFarMin, snatFarMax = 32768, 65535 // besides 1024 to 29999
-	}
 	var anyLifetime time.Duration
+	if o.allPorts {
+		snatFarMin, snatFarMax, anyLifetime = 32768, 65535, time.Hour // besides 1024 to 29999
+	}
 	if o.shared {
 		middle := (sharedFirst + sharedLast) / 2
 		snatMin, snatMax, snatFarMin, snatFarMax, anyLifetime = sharedFirst, uint16(middle), uint16(middle+1), sharedLast, sharedLifetime

@@ -283,7 +283,8 @@ type Result struct {
 	Overflowed int64 `json:"overflowed,omitempty"`
 	// Strays are answers to an unconnected socket from another address than it asked: of a backend that answered when its
 	// connection had been forgotten.
-	Strays int64 `json:"strays,omitempty"`
+	Strays     int64      `json:"strays,omitempty"`
+	FirstStray *time.Time `json:"firstStray,omitempty"`
 	// Resent is how many TCP segments either side sent again, Needless of how many of them the peer said that it had them
 	// already (DSACK): a busy machine makes TCP impatient.
 	Resent    int64      `json:"resent,omitempty"`
@@ -356,6 +357,7 @@ type floating struct {
 	*net.UDPConn
 	peer   *net.UDPAddr
 	strays atomic.Int64
+	first  atomic.Pointer[time.Time] // stray
 }
 
 func unconnectedTo(_ context.Context, network, addr string) (net.Conn, error) {
@@ -375,6 +377,8 @@ func (f *floating) Read(b []byte) (int, error) {
 		if err != nil || from.Addr().Unmap() == f.peer.AddrPort().Addr().Unmap() && int(from.Port()) == f.peer.Port {
 			return n, err
 		}
+		now := time.Now()
+		f.first.CompareAndSwap(nil, &now)
 		f.strays.Add(1)
 	}
 }
@@ -576,7 +580,7 @@ sending:
 	}
 	r := l.result()
 	if f, ok := c.(*floating); ok {
-		r.Strays = f.strays.Load()
+		r.Strays, r.FirstStray = f.strays.Load(), f.first.Load()
 	}
 	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
 	if r.Lost -= r.Overflowed; r.Lost == 0 {
