@@ -114,7 +114,11 @@ func (r *Resource[Obj, List, P, L]) List(ctx context.Context, opts metav1.ListOp
 // Watch reports changes of objects.
 func (r *Resource[Obj, List, P, L]) Watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error) {
 	opts.Watch = true
-	return r.request(r.rest.Get()).VersionedParams(&opts, r.params).Watch(ctx)
+	body, err := r.request(r.rest.Get()).VersionedParams(&opts, r.params).Stream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return newWatcher[Obj, P](body), nil
 }
 
 // Create creates an object.
