@@ -61,7 +61,7 @@ var rules = []rule{
 	{"internal/server", []string{"api", "internal/model", "internal/state"}, []string{statedb}},
 	{"internal/operator", []string{"api", "internal/config", "internal/model", "internal/podcidr", "internal/k8s", "internal/reconcile", "internal/service", "internal/state"}, []string{k8sio, statedb}},
 	{"api/agent", []string{"internal/model"}, nil},
-	{"api", []string{"api"}, []string{k8sio, "sigs.k8s.io/yaml"}},
+	{"api", []string{"api"}, []string{k8sio, "sigs.k8s.io/"}},
 	{"bpf", []string{"bpf"}, []string{ebpf}},
 	// The plugin is executed for every pod: it stays small.
 	{"cmd/lash-cni", []string{"api", "internal/cni", "internal/model", "internal/version"}, nil},
