@@ -254,8 +254,7 @@ func (c *cluster) startControlPlane(ctx context.Context) error {
 	if err := os.WriteFile(c.path("tokens"), []byte(users), 0o600); err != nil {
 		return err
 	}
-	// They share the machine with three nodes and the generator: memory is there, CPUs are not. Fairness among clients,
-	// 0.8 ms of CPU a pod, matters where there are others.
+	// They share the machine with three nodes and the generator: memory is there, CPUs are not.
 	frugal := []string{"GOGC=400"}
 	if _, err := c.spawn(c.control.Netns, "etcd", frugal, etcd, "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379",
@@ -264,7 +263,7 @@ func (c *cluster) startControlPlane(ctx context.Context) error {
 	}
 	server, err := c.spawn(c.control.Netns, "kube-apiserver", frugal, apiserver, "--etcd-servers=http://127.0.0.1:2379", fmt.Sprintf("--secure-port=%d", apiPort),
 		"--bind-address=0.0.0.0", "--advertise-address="+c.control.Addr4.String(), "--cert-dir="+c.path("certs"), "--token-auth-file="+c.path("tokens"),
-		"--authorization-mode=AlwaysAllow", "--enable-priority-and-fairness=false", "--disable-admission-plugins=ServiceAccount", "--service-cluster-ip-range=10.96.0.0/16",
+		"--authorization-mode=AlwaysAllow", "--disable-admission-plugins=ServiceAccount", "--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer=https://bench", "--service-account-key-file="+c.path("sa.key"), "--service-account-signing-key-file="+c.path("sa.key"))
 	if err != nil {
 		return err
