@@ -23,7 +23,7 @@ type load struct {
 	pods []*pod
 
 	mu   sync.Mutex
-	open map[*pod]bool // created, and not yet in every ipcache
+	open []*pod // created, and not yet in every ipcache
 	fail error
 }
 
@@ -40,7 +40,7 @@ type pod struct {
 // newLoad plans the pods: three neighbours in time have the same labels and are on different nodes, so that the agents
 // race for every identity.
 func newLoad(ctx context.Context, c *cluster) (*load, error) {
-	l := &load{c: c, open: map[*pod]bool{}}
+	l := &load{c: c}
 	for i := range c.o.pods {
 		p := &pod{name: fmt.Sprintf("pod-%d", i), set: fmt.Sprintf("app-%d", i/3%c.o.sets), node: c.nodes[i%3]}
 		if i/3 < c.o.sets && c.o.pods/3 < c.o.sets { // fewer threes than sets: the rest of the sets once
@@ -102,7 +102,7 @@ func (l *load) createOne(ctx context.Context, p *pod) error {
 	pods := l.c.clientset.CoreV1().Pods(namespace)
 	p.created = time.Now()
 	l.mu.Lock()
-	l.open[p] = true
+	l.open = append(l.open, p)
 	l.mu.Unlock()
 	obj := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: map[string]string{"app": p.set, "pod-template-hash": p.name}},
@@ -122,12 +122,17 @@ func (l *load) createOne(ctx context.Context, p *pod) error {
 	return nil
 }
 
+// perTick bounds how many pods are looked for each time. When more are late, looking for all of them would take the CPU
+// that they wait for; each then counts as late until its turn comes.
+const perTick = 100
+
 // watch asks every ipcache for the addresses of pods that are on their way, until all have arrived.
 func (l *load) watch(ctx context.Context) error {
 	const patience = 60 * time.Second
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	said := time.Now()
+	var open []*pod
 	for arrived := 0; arrived < len(l.pods); {
 		select {
 		case <-ctx.Done():
@@ -136,26 +141,24 @@ func (l *load) watch(ctx context.Context) error {
 		}
 		l.mu.Lock()
 		fail := l.fail
-		var open []*pod
-		for p := range l.open {
-			open = append(open, p)
-		}
+		open = append(open, l.open...)
+		l.open = l.open[:0]
 		l.mu.Unlock()
 		if fail != nil {
 			return fail
 		}
-		for _, p := range open {
-			if !l.everywhere(p) {
-				if time.Since(p.created) > patience {
-					return fmt.Errorf("%s on %s is not in every ipcache after %s", p.name, p.node.name, patience)
-				}
-				continue
+		look := open[:min(perTick, len(open))]
+		open = open[len(look):]
+		for _, p := range look {
+			switch {
+			case l.everywhere(p):
+				p.took = time.Since(p.created)
+				arrived++
+			case time.Since(p.created) > patience:
+				return fmt.Errorf("%s on %s is not in every ipcache after %s", p.name, p.node.name, patience)
+			default:
+				open = append(open, p) // its turn comes after the others'
 			}
-			p.took = time.Since(p.created)
-			arrived++
-			l.mu.Lock()
-			delete(l.open, p)
-			l.mu.Unlock()
 		}
 		if time.Since(said) > 10*time.Second {
 			said = time.Now()
