@@ -226,6 +226,7 @@ enum conn_flags {
 	CONN_CLAIMED      = 32,  /* the translated tuple is this connection's: lash_nat has its row */
 	CONN_DSR          = 16,  /* with CONN_DNAT: the backend answers the client itself; without: the initiator asked
 	                          * for the frontend to_addr:to_port, which another node sent on */
+	CONN_HOST         = 64,  /* with CONN_DNAT: the initiator is the node, whose sockets have ports on its address, too */
 };
 
 enum conn_state {

@@ -297,9 +297,9 @@ static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u
 	}
 	if (!(ep->flags & ENDPOINT_HOST))
 		return into_pod(skb, p, c, ep, met);
-	/* The node is its own backend, or refuses. */
+	/* The node is its own backend, or refuses; or it is the client, to whom the frontend answers from where its route leads. */
 	d = orig ? &c->orig : &c->reply;
-	decide_stack(&scratch->conn.orig, IN_NETDEV, ACTION_PASS, FOREVER);
+	decide_stack(&scratch->conn.orig, IN_NETDEV, orig ? ACTION_PASS : ACTION_HOST, FOREVER);
 	scratch->conn.orig.flags = nat_flags(c, orig);
 	conn_see(c, d, p, orig, skb->len, ticks());
 	count(HOOK_NETDEV, c->service ? why : p->flags & PKT_ECHO ? SLOW_ECHO : SLOW_REFUSED, skb->len);

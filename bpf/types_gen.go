@@ -422,6 +422,7 @@ const (
 	ConnDNAT        = 8
 	ConnClaimed     = 32
 	ConnDSR         = 16
+	ConnHost        = 64
 )
 
 // enum conn_in.

@@ -256,7 +256,7 @@ __noinline int nat_claim(struct __sk_buff *skb, struct pkt *p, struct conn *c, s
 	opens = p->proto == IPPROTO_TCP && tcp_opens(p);
 	scratch->nat = *nat;
 	/* An address that speaks for itself: a client's or a pod's, and not the node's. */
-	scratch->nat_own = addr_equal(nat, &p->src) && !scratch->key.kind;
+	scratch->nat_own = addr_equal(nat, &p->src) && !scratch->key.kind && !(c->flags & CONN_HOST);
 	if (scratch->nat_own || !ports)
 		err = nat_try(skb, p, c, bpf_ntohs(p->sport), 1);
 	if (err != 1)

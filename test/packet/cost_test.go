@@ -49,6 +49,8 @@ func costPaths(f family) []costPath {
 		{name: "host to pod", opened: local, first: segment(f.node, f.b, 80), timed: local},
 		{name: "pod to service", opened: fromA, first: segment(f.a, vip(f), portVIP), timed: fromA, service: service},
 		{name: "pod to service, answer", opened: fromA, first: segment(f.a, vip(f), portVIP), timed: fromB, reply: true, service: service},
+		{name: "host to service", opened: local, first: segment(f.node, vip(f), portVIP), timed: local, service: service},
+		{name: "host to service, answer", opened: local, first: segment(f.node, vip(f), portVIP), timed: fromB, reply: true, service: service},
 		{name: "masqueraded", opened: fromA, first: out, timed: fromA},
 		{name: "masqueraded, answer", opened: fromA, first: out, timed: netdev, reply: true},
 		{name: "NodePort", opened: netdev, first: client, timed: netdev, service: remote},

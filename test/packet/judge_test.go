@@ -141,7 +141,7 @@ func judgeAnswer(in input, out outcome) error {
 func judgeRedirect(in input, out outcome, before, after *header) error {
 	dst, src := out.frame[:6], out.frame[6:12]
 	is := func(got []byte, last byte) bool { m := mac(last); return same(got, m[:]) }
-	hop := in.program != "from_host"
+	hop := in.program != "from_host" // whose packets come from the node itself, but those to services are forwarded
 	marked, either := false, false
 	if out.verdict == verdictOK {
 		hop = false
@@ -170,12 +170,12 @@ func judgeRedirect(in input, out outcome, before, after *header) error {
 			if out.ifindex != ifEth0 || !is(dst, macNext) || !is(src, ifEth0) {
 				return fmt.Errorf("out of device %d as %x from %x", out.ifindex, dst, src)
 			}
-			marked = true
+			marked, hop = true, true
 		case bpf.ActionNeigh:
 			if out.ifindex != ifEth0 {
 				return fmt.Errorf("out of device %d by its neighbours", out.ifindex)
 			}
-			marked = true
+			marked, hop = true, true
 		case bpf.ActionTunnel:
 			hop = false // the receiving node's business
 			if out.ifindex != ifOverlay || !same(dst, in.frame[:6]) || !same(src, in.frame[6:12]) {
@@ -221,7 +221,7 @@ func judgeAddresses(in input, out outcome, before, after *header) error {
 		if !slices.Contains([]netip.Addr{before.src, f.node, f.peer, f.router, vip(f)}, after.src) {
 			return fmt.Errorf("source %s became %s", before.src, after.src)
 		}
-		if !slices.Contains([]netip.Addr{before.dst, f.node, f.router, f.a, f.b, f.far, f.cold, f.outside}, after.dst) {
+		if !slices.Contains([]netip.Addr{before.dst, f.node, f.router, f.a, f.b, f.far, f.cold, f.peer, f.outside}, after.dst) {
 			return fmt.Errorf("destination %s became %s", before.dst, after.dst)
 		}
 		return nil
