@@ -88,7 +88,7 @@ func (a *agent) sweep(ctx context.Context) error {
 
 // followKernel acts on what others change in the kernel: routes and neighbours make decisions be made again, devices
 // and addresses may come and go.
-func (a *agent) followKernel(ctx context.Context, w *netdev.Watcher, base netdev.Base, devices *reconcile.Loop[int, model.Device], routes *reconcile.Loop[netip.Prefix, model.Route]) error {
+func (a *agent) followKernel(ctx context.Context, w *netdev.Watcher, base netdev.Base, devices *reconcile.Loop[int, model.Device], routes, serviceRoutes *reconcile.Loop[netip.Prefix, model.Route]) error {
 	for {
 		var c netdev.Change
 		select {
@@ -107,6 +107,12 @@ func (a *agent) followKernel(ctx context.Context, w *netdev.Watcher, base netdev
 		}
 		if c.Routes || c.Links || c.Lost {
 			routes.Refresh()
+		}
+		if c.ServiceRoutes || c.Links || c.Addrs || c.Lost {
+			serviceRoutes.Refresh()
+		}
+		if c == (netdev.Change{ServiceRoutes: true}) {
+			continue // no decision depends on them
 		}
 		if err := a.dp.Raise("netlink"); err != nil {
 			a.log.Error("decisions of connections were not invalidated", "why", "netlink", "error", err)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/lash-net/lash/internal/datapath/netdev"
 	"github.com/lash-net/lash/internal/k8s"
 	"github.com/lash-net/lash/internal/model"
+	"github.com/lash-net/lash/internal/node"
 	"github.com/lash-net/lash/internal/reconcile"
 	"github.com/lash-net/lash/internal/server"
 	"github.com/lash-net/lash/internal/service"
@@ -51,6 +53,17 @@ func (a *agent) startServices(ctx context.Context, g *group) error {
 	}
 	a.attached.Store(true)
 	return nil
+}
+
+// startServiceRoutes leads what the node itself sends to services' addresses to lash_host, and returns the loop: for what the
+// socket programs cannot translate. Where kube-proxy serves there are none.
+func (a *agent) startServiceRoutes(g *group) *reconcile.Loop[netip.Prefix, model.Route] {
+	loop := reconcile.New(reconcile.Config[netip.Prefix, model.Route]{
+		Name: "service-routes", Target: a.host.ServiceRoutes(), Desired: node.DesiredServiceRoutes(a.tables, a.nodeCfg),
+		Equal: reconcile.Comparable[model.Route], Report: a.tables.Report, Log: a.log, Throttle: rowThrottle,
+	})
+	g.start("service-routes", loop.Run)
+	return loop
 }
 
 // lbFact is how services are served.

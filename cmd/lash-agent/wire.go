@@ -225,6 +225,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	if err := a.attachNode(ctx, base, devices); err != nil {
 		return g.stop(err)
 	}
+	serviceRoutes := a.startServiceRoutes(g)
 	g.start("cni", a.eps.Run)
 	g.start("connection-sweep", a.sweep)
 	a.task(g, a.exhaustedPorts())
@@ -232,7 +233,9 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.task(g, a.keepAccelerated())
 	a.task(g, a.keepTunnel(g.cancel))
 	g.start("netlink-watcher", watcher.Run)
-	g.start("netlink-changes", func(ctx context.Context) error { return a.followKernel(ctx, watcher, base, devices, routes) })
+	g.start("netlink-changes", func(ctx context.Context) error {
+		return a.followKernel(ctx, watcher, base, devices, routes, serviceRoutes)
+	})
 
 	// 8. Ready, and what follows from it.
 	if err := a.waitUntilReady(ctx, endpoints, ipcache, devices); err != nil {

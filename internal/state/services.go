@@ -171,6 +171,27 @@ var servicePortByID = statedb.Index[ServicePort, uint32]{
 // ServicePortByID finds a service port by its number.
 func ServicePortByID(id uint32) statedb.Query[ServicePort] { return servicePortByID.Query(id) }
 
+var servicePortByAddress = statedb.Index[ServicePort, netip.Prefix]{
+	Name:       "address",
+	FromObject: func(r ServicePort) index.KeySet { return index.NewKeySet(keys(ServiceAddresses(r))...) },
+	FromKey:    prefixKey,
+}
+
+// ServicePortsByAddress finds the service ports that a service's address has frontends of.
+func ServicePortsByAddress(p netip.Prefix) statedb.Query[ServicePort] {
+	return servicePortByAddress.Query(p)
+}
+
+// ServiceAddresses are the addresses of a service port's frontends that are services' alone, not a node's.
+func ServiceAddresses(r ServicePort) (out []netip.Prefix) {
+	for _, f := range r.Frontends {
+		if p := netip.PrefixFrom(f.Addr, f.Addr.BitLen()); !f.Node && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
 func newServicePorts(db *statedb.DB) (statedb.RWTable[ServicePort], error) {
 	return statedb.NewTableAny(db, "service-ports",
 		func() []string { return []string{"ID", "Service", "Port", "Frontends", "Backends"} },
@@ -180,7 +201,7 @@ func newServicePorts(db *statedb.DB) (statedb.RWTable[ServicePort], error) {
 				fs[i] = f.FrontendKey.String() + " " + f.Type
 			}
 			return []string{strconv.FormatUint(uint64(r.ID), 10), r.Namespace + "/" + r.Name, r.Port, strings.Join(fs, ","), joined(r.Backends)}
-		}, servicePortByID)
+		}, servicePortByID, servicePortByAddress)
 }
 
 // HealthCheck is a port on which load balancers ask whether this node has endpoints of a service.

@@ -14,8 +14,8 @@ import (
 // leadToHost routes services' addresses to lash_host, as the agent does.
 func (nd *node) leadToHost(t *testing.T, o options) {
 	t.Helper()
-	ip(t, nd.ns, fmt.Sprintf("route add %s via %s dev lash_host src %s mtu %d", vip4, nd.router4(), nd.ip4, o.routeMTU()),
-		fmt.Sprintf("route add %s dev lash_host src %s mtu %d", vip6, nd.ip6, o.routeMTU()))
+	ip(t, nd.ns, fmt.Sprintf("route add %s via %s dev lash_host src %s mtu %d table local metric 1", vip4, nd.router4(), nd.ip4, o.routeMTU()),
+		fmt.Sprintf("route add %s dev lash_host src %s mtu %d table local metric 1", vip6, nd.ip6, o.routeMTU()))
 }
 
 func TestHostClientBPFHostRouting(t *testing.T) { testHostClient(t, options{podsPerNode: 1}) }

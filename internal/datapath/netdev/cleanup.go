@@ -72,16 +72,18 @@ func (h *Host) Cleanup(config CleanupConfig) (removed []string, err error) {
 }
 
 func cleanupRoutes(nl *netlink.Handle, note func(string, error)) error {
-	routes, err := ourRoutes(nl)
-	if err != nil {
-		return err
-	}
-	for _, route := range routes {
-		err := nl.RouteDel(&route)
-		if errors.Is(err, unix.ESRCH) {
-			continue
+	for protocol, table := range map[netlink.RouteProtocol]int{RouteProtocol: unix.RT_TABLE_MAIN, ServiceRouteProtocol: unix.RT_TABLE_LOCAL} {
+		routes, err := ourRoutes(nl, protocol, table)
+		if err != nil {
+			return err
 		}
-		note("route "+prefixOf(route.Dst).String(), err)
+		for _, route := range routes {
+			err := nl.RouteDel(&route)
+			if errors.Is(err, unix.ESRCH) {
+				continue
+			}
+			note("route "+prefixOf(route.Dst).String(), err)
+		}
 	}
 	return nil
 }

@@ -16,6 +16,8 @@ import (
 const (
 	// RouteProtocol marks the routes of the node that are ours.
 	RouteProtocol netlink.RouteProtocol = 76
+	// ServiceRouteProtocol marks those to services' addresses.
+	ServiceRouteProtocol netlink.RouteProtocol = 77
 	// aliasPrefix marks our links.
 	aliasPrefix = "lash:"
 )

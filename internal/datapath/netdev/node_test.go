@@ -153,6 +153,14 @@ func nodeRoutes() map[netip.Prefix]model.Route {
 	}
 }
 
+func serviceRoutes() map[netip.Prefix]model.Route {
+	p, a := netip.MustParsePrefix, netip.MustParseAddr
+	return map[netip.Prefix]model.Route{
+		p("10.96.0.10/32"):   {Via: a("10.0.2.194"), Dev: HostDevice, Src: a("172.18.0.11"), MTU: 1450, Scope: model.ScopeGlobal},
+		p("fd00:96::10/128"): {Dev: HostDevice, Src: a("fc00::11"), MTU: 1450, Scope: model.ScopeLink},
+	}
+}
+
 func routedHost(t *testing.T) (*Host, *os.File, *Routes) {
 	t.Helper()
 	h, ns := newHost(t)
@@ -200,6 +208,123 @@ func TestRoutesAreListedAsTheyWerePut(t *testing.T) {
 	if got := testutil.In(t, ns, "sh", "-c", "ip route; ip -6 route"); !strings.Contains(got, "default via 172.18.0.1") || !strings.Contains(got, "default via fc00::1") {
 		t.Errorf("the node's own routes:\n%s", got)
 	}
+}
+
+// Routes to services' addresses and the others do not see each other, and neither takes the other's place.
+func TestServiceRoutesAreApart(t *testing.T) {
+	h, ns, routes := routedHost(t)
+	ctx := context.Background()
+	services := h.ServiceRoutes()
+	for dst, row := range nodeRoutes() {
+		if err := routes.Put(ctx, dst, row); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		for dst, row := range serviceRoutes() {
+			if err := services.Put(ctx, dst, row); err != nil {
+				t.Fatal(err)
+			}
+			// The table's rule comes before all others, and before routes with a smaller metric.
+			if err := routes.Put(ctx, dst, model.Route{Dev: "eth0", Scope: model.ScopeLink}); err != nil {
+				t.Error(err)
+			}
+			if got := testutil.In(t, ns, "ip", "route", "get", dst.Addr().String()); !strings.Contains(got, "dev lash_host") {
+				t.Errorf("%s goes by %s", dst, got)
+			}
+			if err := routes.Delete(ctx, dst); err != nil {
+				t.Error(err)
+			}
+			// What is the node's own is its own, whoever was first.
+			own := "ip addr %s " + dst.String() + " dev eth0"
+			if dst.Addr().Is6() {
+				own += " nodad"
+			}
+			testutil.In(t, ns, "sh", "-ec", fmt.Sprintf(own, "add"))
+			got := ""
+			for deadline := time.Now().Add(5 * time.Second); !strings.HasPrefix(got, "local") && time.Now().Before(deadline); { // the kernel adds IPv6's route a moment later
+				got = testutil.In(t, ns, "ip", "route", "get", dst.Addr().String())
+			}
+			if !strings.HasPrefix(got, "local") {
+				t.Errorf("the node's own address %s goes by %s", dst, got)
+			}
+			if err := services.Put(ctx, dst, row); err != nil {
+				t.Error(err)
+			}
+			testutil.In(t, ns, "sh", "-ec", fmt.Sprintf(own, "del"))
+		}
+		for _, c := range []struct {
+			of   *Routes
+			want map[netip.Prefix]model.Route
+		}{{routes, nodeRoutes()}, {services, serviceRoutes()}} {
+			got, err := c.of.List(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(c.want, got, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+				t.Errorf("(-want +listed):\n%s", diff)
+			}
+		}
+	}
+	for dst, row := range serviceRoutes() {
+		row.MTU, row.Src = 1400, testBase.Router4
+		if dst.Addr().Is6() {
+			row.Src = testBase.Router6
+		}
+		if err := services.Put(ctx, dst, row); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := services.List(ctx); err != nil || got[dst] != row {
+			t.Errorf("listed %v %v, want %v", got[dst], err, row)
+		}
+		for range 2 {
+			if err := services.Delete(ctx, dst); err != nil {
+				t.Errorf("delete %s: %v", dst, err)
+			}
+		}
+	}
+	if got, err := services.List(ctx); err != nil || len(got) != 0 {
+		t.Errorf("left %v %v", got, err)
+	}
+}
+
+// Ten thousand services' routes are there in seconds.
+func BenchmarkServiceRoutes(b *testing.B) {
+	testutil.NeedRoot(b)
+	ns := testutil.Netns(b)
+	h, err := OpenHostAt(testutil.NetnsPath(ns))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer h.Close()
+	if _, err := h.EnsureBase(testBase); err != nil {
+		b.Fatal(err)
+	}
+	testutil.In(b, ns, "ip", "route", "add", "10.0.2.194", "dev", HostDevice)
+	routes, ctx := h.ServiceRoutes(), context.Background()
+	router4, router6 := netip.MustParseAddr("10.0.2.194"), netip.MustParseAddr("fd00::2c2")
+	dst4, dst6 := netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00:96::1")
+	for b.Loop() {
+		err := routes.Put(ctx, netip.PrefixFrom(dst4, 32), model.Route{Via: router4, Dev: HostDevice, Src: router4, Scope: model.ScopeGlobal})
+		if err == nil {
+			err = routes.Put(ctx, netip.PrefixFrom(dst6, 128), model.Route{Dev: HostDevice, Src: router6, Scope: model.ScopeLink})
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		dst4, dst6 = dst4.Next(), dst6.Next()
+	}
+	began := time.Now()
+	rows, err := routes.List(ctx)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(float64(time.Since(began).Microseconds())/float64(len(rows)), "us/listed")
+	began = time.Now()
+	if rows, err = h.Routes().List(ctx); err != nil || len(rows) != 0 {
+		b.Fatal(rows, err)
+	}
+	b.ReportMetric(float64(time.Since(began).Microseconds()), "us/others-listed")
 }
 
 func TestRouteIsReplaced(t *testing.T) {
@@ -391,6 +516,8 @@ func TestWatcherReportsChangesOfTheNodeButNotPods(t *testing.T) {
 		{"ip neigh add 172.18.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud reachable", func(c Change) bool { return c.Neighbors }},
 		{"ip neigh replace 172.18.0.77 lladdr 02:00:00:00:00:78 dev eth0 nud reachable", func(c Change) bool { return c.Neighbors }},
 		{"ip neigh del 172.18.0.77 dev eth0", func(c Change) bool { return c.Neighbors }},
+		// Those to services' addresses are news when they go, and no news to anybody else.
+		{"ip route add 10.96.0.10 dev eth0 proto 77 table local; ip route del 10.96.0.10 dev eth0 proto 77 table local", func(c Change) bool { return c == Change{ServiceRoutes: true} }},
 	} {
 		testutil.In(t, ns, "sh", "-ec", c.command)
 		next(t, w, c.wanted)
@@ -451,6 +578,11 @@ func TestCleanupRemovesAllOfOursAndNothingElse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	for dst, row := range serviceRoutes() {
+		if err := h.ServiceRoutes().Put(context.Background(), dst, row); err != nil {
+			t.Fatal(err)
+		}
+	}
 	attach(t, h, testutil.Netns(t), testEndpoint(), testNetwork)
 	testutil.In(t, ns, "ip", "link", "add", "lxc000000000000", "type", "veth", "peer", "name", "theirs")
 	dir := t.TempDir()
@@ -465,14 +597,14 @@ func TestCleanupRemovesAllOfOursAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(removed) != len(nodeRoutes())+1+1+2 { // routes, the pair, the pod's, two directories
+	if len(removed) != len(nodeRoutes())+len(serviceRoutes())+1+1+2 { // routes, the pair, the pod's, two directories
 		t.Errorf("removed %q", removed)
 	}
 	after := testutil.In(t, ns, "sh", "-c", "ip -o link show eth0; ip route show dev eth0; ip -6 route show dev eth0 proto boot")
 	if diff := cmp.Diff(before, after); diff != "" {
 		t.Errorf("what is not ours has changed:\n%s", diff)
 	}
-	left := testutil.In(t, ns, "sh", "-c", "ip -o link; ip route show proto 76; ip -6 route show proto 76")
+	left := testutil.In(t, ns, "sh", "-c", "ip -o link; ip route show proto 76; ip -6 route show proto 76; ip route show table local proto 77; ip -6 route show table local proto 77")
 	if strings.Contains(left, "lash") || strings.Contains(left, "lxc0123456789ab") || strings.Contains(left, "via") || !strings.Contains(left, "lxc000000000000") {
 		t.Errorf("left:\n%s", left)
 	}

@@ -15,17 +15,29 @@ import (
 	"github.com/lash-net/lash/internal/reconcile"
 )
 
-// Routes is the part of the node's main routing table that carries RouteProtocol, both families.
+// Routes is the part of one of the node's routing tables that carries one of our protocol numbers, both families.
 //
 // IPv6 differs in two ways that a wanted row has to respect: a gateway must not be an address of the node itself, so
 // the node's own pod CIDR has a device and no gateway; and routes have no scope, so List reports link for those
 // without a gateway and global for the others.
-type Routes struct{ host *Host }
+type Routes struct {
+	host     *Host
+	protocol netlink.RouteProtocol
+	table    int
+	metric   int // 0: the default
+}
 
 var _ reconcile.Target[netip.Prefix, model.Route] = (*Routes)(nil)
 
-// Routes returns the routing table of the node as a target of a reconcile loop.
-func (h *Host) Routes() *Routes { return &Routes{host: h} }
+// Routes returns the main routing table of the node as a target of a reconcile loop.
+func (h *Host) Routes() *Routes { return &Routes{h, RouteProtocol, unix.RT_TABLE_MAIN, 0} }
+
+// ServiceRoutes is the same for routes to services' addresses. There may be tens of thousands, and they have no part in
+// what becomes of others' packets: they are kept apart, in the table of the node's own addresses, which every lookup asks
+// first. No rule and no routing daemon's route comes before them; an address that is the node's own, metric 0, does.
+func (h *Host) ServiceRoutes() *Routes {
+	return &Routes{h, ServiceRouteProtocol, unix.RT_TABLE_LOCAL, 1}
+}
 
 // CompareRoutes orders puts: routes to single addresses first, since gateways are reached by them.
 func CompareRoutes(a, b netip.Prefix) int {
@@ -45,7 +57,7 @@ func (r *Routes) List(context.Context) (map[netip.Prefix]model.Route, error) {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	defer nl.Close()
-	routes, err := ourRoutes(nl)
+	routes, err := ourRoutes(nl, r.protocol, r.table)
 	if err != nil {
 		return nil, err
 	}
@@ -85,14 +97,14 @@ func (r *Routes) Put(_ context.Context, dst netip.Prefix, row model.Route) error
 	}
 	route := &netlink.Route{
 		Dst: ipNet(dst), LinkIndex: link.Attrs().Index, Gw: row.Via.AsSlice(), Src: row.Src.AsSlice(),
-		MTU: row.MTU, Protocol: RouteProtocol, Table: unix.RT_TABLE_MAIN,
+		MTU: row.MTU, Protocol: r.protocol, Table: r.table, Priority: r.metric,
 	}
 	if row.Scope == model.ScopeLink && dst.Addr().Is4() {
 		route.Scope = netlink.SCOPE_LINK
 	}
 	err = nl.RouteAdd(route) // fails if there is one of the same destination and metric
 	if errors.Is(err, unix.EEXIST) {
-		if err := ownedByOthers(nl, dst); err != nil {
+		if err := r.ownedByOthers(nl, dst); err != nil {
 			return err
 		}
 		err = nl.RouteReplace(route)
@@ -107,9 +119,9 @@ func (r *Routes) Put(_ context.Context, dst netip.Prefix, row model.Route) error
 	return nil
 }
 
-// ownedByOthers returns an error if the main table has a route to dst of the default metric that is not ours.
-func ownedByOthers(nl *netlink.Handle, dst netip.Prefix) error {
-	filter := &netlink.Route{Dst: ipNet(dst), Table: unix.RT_TABLE_MAIN}
+// ownedByOthers returns an error if the table has a route to dst of our metric that is not ours.
+func (r *Routes) ownedByOthers(nl *netlink.Handle, dst netip.Prefix) error {
+	filter := &netlink.Route{Dst: ipNet(dst), Table: r.table}
 	routes, err := dump(func() ([]netlink.Route, error) {
 		return nl.RouteListFiltered(familyOf(dst.Addr()), filter, netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
 	})
@@ -118,8 +130,8 @@ func ownedByOthers(nl *netlink.Handle, dst netip.Prefix) error {
 	}
 	const defaultMetric6 = 1024 // IP6_RT_PRIO_USER
 	for _, route := range routes {
-		sameMetric := route.Priority == 0 || dst.Addr().Is6() && route.Priority == defaultMetric6
-		if route.Protocol != RouteProtocol && sameMetric {
+		sameMetric := route.Priority == r.metric || r.metric == 0 && dst.Addr().Is6() && route.Priority == defaultMetric6
+		if route.Protocol != r.protocol && sameMetric {
 			return fmt.Errorf("route %s: there is one of protocol %s already, which is left alone", dst, route.Protocol)
 		}
 	}
@@ -134,15 +146,20 @@ func (r *Routes) Delete(_ context.Context, dst netip.Prefix) error {
 	}
 	defer nl.Close()
 	// The kernel compares the protocol: a route of somebody else's is never hit.
-	err = nl.RouteDel(&netlink.Route{Dst: ipNet(dst.Masked()), Protocol: RouteProtocol, Table: unix.RT_TABLE_MAIN, Scope: netlink.SCOPE_NOWHERE})
+	err = nl.RouteDel(&netlink.Route{Dst: ipNet(dst.Masked()), Protocol: r.protocol, Table: r.table, Scope: netlink.SCOPE_NOWHERE})
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("delete route %s: %w", dst, err)
 	}
 	return nil
 }
 
-func ourRoutes(nl *netlink.Handle) ([]netlink.Route, error) {
-	filter := &netlink.Route{Protocol: RouteProtocol, Table: unix.RT_TABLE_MAIN}
+// ourRoutes lists a table's routes of one protocol. The kernel chooses them: there may be many others.
+func ourRoutes(nl *netlink.Handle, protocol netlink.RouteProtocol, table int) ([]netlink.Route, error) {
+	if err := nl.SetStrictCheck(true); err != nil {
+		return nil, fmt.Errorf("list routes: strict checks: %w", err)
+	}
+	defer nl.SetStrictCheck(false)
+	filter := &netlink.Route{Protocol: protocol, Table: table}
 	routes, err := dump(func() ([]netlink.Route, error) {
 		return nl.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 	})

@@ -20,6 +20,8 @@ import (
 // Change says what kinds of objects of the node changed. It carries no contents: whoever is interested reads the kernel.
 type Change struct {
 	Links, Addrs, Routes, Neighbors bool
+	// ServiceRoutes: of those to services' addresses some are gone. That they come is no news: nobody else makes them.
+	ServiceRoutes bool
 	// Lost: the kernel had more messages than the socket could hold, so anything may have changed.
 	Lost bool
 }
@@ -29,7 +31,7 @@ func (c Change) any() bool { return c != Change{} }
 func (c Change) merge(d Change) Change {
 	return Change{
 		Links: c.Links || d.Links, Addrs: c.Addrs || d.Addrs, Routes: c.Routes || d.Routes,
-		Neighbors: c.Neighbors || d.Neighbors, Lost: c.Lost || d.Lost,
+		Neighbors: c.Neighbors || d.Neighbors, Lost: c.Lost || d.Lost, ServiceRoutes: c.ServiceRoutes || d.ServiceRoutes,
 	}
 }
 
@@ -173,6 +175,9 @@ func (w *Watcher) classify(m syscall.NetlinkMessage) Change {
 		}
 		// The local table follows addresses, which are reported, and pods' devices: each adds its multicast route.
 		route := nl.DeserializeRtMsg(m.Data)
+		if route.Protocol == uint8(ServiceRouteProtocol) {
+			return Change{ServiceRoutes: m.Header.Type == unix.RTM_DELROUTE}
+		}
 		return Change{Routes: route.Flags&unix.RTM_F_CLONED == 0 && route.Table != unix.RT_TABLE_LOCAL}
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return Change{Neighbors: w.neighMatters(m)}
