@@ -5,6 +5,7 @@ package explain
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -112,11 +113,11 @@ func (w *walk) backend(service uint32, which string, to netip.AddrPort) agent.Ex
 
 // services are the rows that a packet met which asks for a frontend, translated or not; decided: nothing else did.
 func (l lookup) services(drop uint8) (rows []agent.ExplainEntry, decided bool) {
-	outside := l.in.Program == "from_netdev"
+	outside := l.in.Program == "from_netdev" || l.in.Program == "from_host" && !l.fromNode()
 	refused := drop == bpf.DropNoService || drop == bpf.DropSourceRange || drop == bpf.DropClusterIP
 	c := l.out.Conn
 	translated := c != nil && c.Flags&bpf.ConnDNAT != 0 && l.out.Orig
-	if !refused && !translated || !outside && l.in.Program != "from_container" {
+	if !refused && !translated || !slices.Contains([]string{"from_netdev", "from_container", "from_host"}, l.in.Program) {
 		return nil, false
 	}
 	asked := model.FrontendKey{Addr: l.before.dst.Addr(), L4: model.L4{Proto: l.before.proto, Port: l.before.dst.Port()}}
@@ -133,6 +134,12 @@ func (l lookup) services(drop uint8) (rows []agent.ExplainEntry, decided bool) {
 		return append(rows, e), true
 	}
 	return append(rows, e, l.w.backend(front.ID, "the connection's", netip.AddrPortFrom(c.ToAddr.Addr(), c.ToPort.Host()))), false
+}
+
+// fromNode: the packet comes from an address of the node.
+func (l lookup) fromNode() bool {
+	row, err := l.w.dp.EndpointRow(l.before.src.Addr())
+	return err == nil && row != nil && row.Flags&bpf.EndpointHost != 0
 }
 
 // refused: the packet asked for a service that nobody serves, and goes to where nobody listens.

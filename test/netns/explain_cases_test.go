@@ -202,6 +202,7 @@ func explainServices(t *testing.T, o options) {
 	n1, n2 := c.nodes[0], c.nodes[1]
 	e := newExplainers(t, c, o)
 	e.all[0].Sockets = func() bool { return false }
+	n1.leadToHost(t, o)
 	near, far := n1.pods[1], n2.pods[0]
 	for _, v6 := range []bool{false, true} {
 		of := func(p *pod) netip.Addr { return p.ip4 }
@@ -232,7 +233,11 @@ func explainServices(t *testing.T, o options) {
 		met := func(way agent.ExplainedWay, program, object string, backend *pod) {
 			t.Helper()
 			front, ok := entryOf(way, "lash_services")
-			if way.Steps[0].Program != program || !ok || front.Object != object {
+			first := way.Steps[0]
+			if program == "from_host" { // after the stack, which sends the packet there
+				first = way.Steps[min(1, len(way.Steps)-1)]
+			}
+			if first.Program != program || !ok || front.Object != object {
 				t.Errorf("%s: %+v\n%s", program, front, steps(way))
 			}
 			if backend == nil {
@@ -243,7 +248,7 @@ func explainServices(t *testing.T, o options) {
 			if backend == far {
 				name = n2.podKey(backend)
 			}
-			if row.Object != "pod "+name || way.Verdict.Pod != name || way.Steps[0].Record == nil || way.Steps[0].Record.Backend != row.Value {
+			if row.Object != "pod "+name || way.Verdict.Pod != name || first.Record == nil || first.Record.Backend != row.Value {
 				t.Errorf("%s to %s: %+v, verdict %+v\n%s", program, name, row, way.Verdict, steps(way))
 			}
 		}
@@ -277,8 +282,16 @@ func explainServices(t *testing.T, o options) {
 		vip := vipOf(v6)
 		port(8, vip, 9000, model.ProtoSCTP, nil, of(far))
 		met(ask(n1.podKey(n1.pods[0]), vip, 9000, "sctp"), "from_container", "service d/web, port http", far)
+		met(ask(n1.name(), vip, 9000, "sctp"), "from_host", "service d/web, port http", far)
+		way = ask(n1.name(), vip, 9, "tcp")
+		met(way, "from_host", "", nil)
+		ends(way, agent.OutcomeRefused, "no backend")
+		if way = ask(n1.name(), vip, 0, "icmp"); way.Verdict.Outcome != agent.OutcomeHost || way.Verdict.Node != n1.name() {
+			t.Errorf("ping: %+v\n%s", way.Verdict, steps(way))
+		}
 		port(9, vip, 80, model.ProtoUDP, func(_ *model.ServicePort, f *model.Frontend) { f.Outside = false }, of(near))
 		met(ask(n1.podKey(n1.pods[0]), vip, 80, "udp"), "from_container", "service d/web, port http", near)
+		met(ask(n1.name(), vip, 80, "udp"), "from_host", "service d/web, port http", near)
 		ends(ask(outside, vip, 80, "udp"), agent.OutcomeDropped, "Is a ClusterIP")
 		for _, id := range []uint32{7, 8, 9} {
 			n1.do(t, "no service", func() error { return n1.dp.ServicePorts().Delete(context.Background(), id) })
