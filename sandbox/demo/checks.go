@@ -335,6 +335,19 @@ func (w *world) hosts(f string) []check {
 			}
 			return err
 		}},
+		{"host to ClusterIP, " + f + ": ping", func(ctx context.Context) error {
+			_, err := w.c.Exec(ctx, "n2", "ping", "-n", "-c", "2", "-i", "0.2", "-W", "2", w.service[f].String())
+			return err
+		}},
+		{"host to ClusterIP, " + f + ": a port that nobody serves is refused at once", func(ctx context.Context) error {
+			// 7: no connection; 28 would be that nobody answered.
+			script := "curl -sS -g --max-time 3 http://" + netip.AddrPortFrom(w.service[f], 9).String() + "/ 2>&1; echo $?"
+			out, err := w.c.Exec(ctx, "n2", "sh", "-c", script)
+			if err == nil && !strings.HasSuffix(strings.TrimSpace(out), "\n7") {
+				err = fmt.Errorf("curl says %q", out)
+			}
+			return err
+		}},
 	}
 }
 
