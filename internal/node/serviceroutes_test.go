@@ -43,6 +43,9 @@ func TestServiceRoutesFollowServicesAndTheNode(t *testing.T) {
 	web := model.ServicePort{ID: 1, Frontends: []model.Frontend{
 		frontend("10.96.0.10", 80, false), frontend("0.0.0.0", 30080, true), frontend("172.18.0.2", 80, true), frontend("198.18.0.1", 80, false),
 	}}
+	external := frontend("203.0.113.1", 80, false) // perhaps a gateway's
+	external.Type = model.TypeExternalIPs
+	web.Frontends = append([]model.Frontend{external}, web.Frontends...)
 	https := model.ServicePort{ID: 2, Frontends: []model.Frontend{frontend("10.96.0.10", 443, false)}}
 	six := model.ServicePort{ID: 3, IPv6: true, Frontends: []model.Frontend{frontend("fd00:96::10", 80, false)}}
 	state.Insert(tables.DB, tables.ServicePorts, web, https, six)
@@ -63,7 +66,7 @@ func TestServiceRoutesFollowServicesAndTheNode(t *testing.T) {
 	check("all is known", all...)
 	state.Delete(tables.DB, tables.ServicePorts, https)
 	check("another port of the address is served still", all...)
-	web.Frontends = web.Frontends[:3]
+	web.Frontends = web.Frontends[:4]
 	state.Insert(tables.DB, tables.ServicePorts, web)
 	check("an address is taken away", all[0], all[2])
 	state.Delete(tables.DB, tables.ServicePorts, web)

@@ -182,10 +182,11 @@ func ServicePortsByAddress(p netip.Prefix) statedb.Query[ServicePort] {
 	return servicePortByAddress.Query(p)
 }
 
-// ServiceAddresses are the addresses of a service port's frontends that are services' alone, not a node's.
+// ServiceAddresses are the addresses of a service port's frontends that are services' alone: not a node's, and not
+// external ones, which are somebody's whom Kubernetes does not know.
 func ServiceAddresses(r ServicePort) (out []netip.Prefix) {
 	for _, f := range r.Frontends {
-		if p := netip.PrefixFrom(f.Addr, f.Addr.BitLen()); !f.Node && !slices.Contains(out, p) {
+		if p := netip.PrefixFrom(f.Addr, f.Addr.BitLen()); !f.Node && f.Type != model.TypeExternalIPs && !slices.Contains(out, p) {
 			out = append(out, p)
 		}
 	}
