@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/cilium/statedb"
@@ -149,7 +150,7 @@ func agent(t *testing.T, a *api, lag time.Duration) *state.Tables {
 // until waits for tables that goroutines write.
 func until(t *testing.T, what string, ok func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		err := ok()
 		if err == nil {
 			return
@@ -315,20 +316,22 @@ func TestNothingIsAllocatedBlindly(t *testing.T) {
 // Of nodes that want the same number at once all but one come too late. They hear who got it; asking is for when they do not.
 func TestWhoComesTooLateHearsWhoHasTheNumber(t *testing.T) {
 	for _, heard := range []bool{true, false} {
-		tables := newTables(t)
-		a := &api{rows: map[model.Identity]state.Identity{server.Number(): {ID: server.Number(), Labels: server}}}
-		if heard {
-			go func() {
-				time.Sleep(20 * time.Millisecond)
-				state.Insert(tables.DB, tables.Identities, a.rows[server.Number()])
-			}()
-		}
-		if err := (Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{}); err != nil {
-			t.Fatal(err)
-		}
-		if a.calls != 1 || len(a.rows) != 1 || (a.asked > 0) == heard {
-			t.Errorf("heard %v: %d creations, %d questions, %d identities", heard, a.calls, a.asked, len(a.rows))
-		}
+		synctest.Test(t, func(t *testing.T) {
+			tables := newTables(t)
+			a := &api{rows: map[model.Identity]state.Identity{server.Number(): {ID: server.Number(), Labels: server}}}
+			if heard {
+				go func() {
+					time.Sleep(hearsay / 2)
+					state.Insert(tables.DB, tables.Identities, a.rows[server.Number()])
+				}()
+			}
+			if err := (Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{}); err != nil {
+				t.Fatal(err)
+			}
+			if a.calls != 1 || len(a.rows) != 1 || (a.asked > 0) == heard {
+				t.Errorf("heard %v: %d creations, %d questions, %d identities", heard, a.calls, a.asked, len(a.rows))
+			}
+		})
 	}
 }
 
