@@ -219,9 +219,7 @@ static __noinline int from_host_fast(struct __sk_buff *skb)
 		return VERDICT_DROP; /* lash_host is NOARP: nothing else has a meaning on it */
 	if (!verdict)
 		verdict = conn_fast(skb, &p, HOOK_HOST, IN_HOST, false, &why);
-	if (verdict == NOT_FAST)
-		slow_pkt(&p, why);
-	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_HOST, verdict) : verdict;
+	return finish(skb, &p, HOOK_HOST, verdict, why);
 }
 
 SEC("tc")

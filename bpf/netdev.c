@@ -346,9 +346,7 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST))
 		return VERDICT_OK;
 	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, !pods && snat_claimed(bpf_ntohs(p.dport)), &why);
-	if (verdict == NOT_FAST)
-		slow_pkt(&p, why);
-	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_NETDEV, verdict) : verdict;
+	return finish(skb, &p, HOOK_NETDEV, verdict, why);
 }
 
 /* from_netdev_decide: to a pod, or to the node. Without a pod CIDR to go by, the node's own addresses look like pods' at first. */

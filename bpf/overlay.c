@@ -133,9 +133,7 @@ static __noinline int from_overlay_fast(struct __sk_buff *skb)
 	}
 	if (!verdict)
 		verdict = conn_fast(skb, &p, HOOK_OVERLAY, IN_OVERLAY, false, &why);
-	if (verdict == NOT_FAST)
-		slow_pkt(&p, why);
-	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_OVERLAY, verdict) : verdict;
+	return finish(skb, &p, HOOK_OVERLAY, verdict, why);
 }
 
 SEC("tc")

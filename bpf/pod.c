@@ -219,44 +219,54 @@ static __noinline int from_container_nd(struct __sk_buff *skb, struct pkt *p, bo
 	return VERDICT_DROP; /* solicitations for others (duplicate address detection): no answer is the answer */
 }
 
-static __noinline int from_container_fast(struct __sk_buff *skb)
+/* from_container_other: what is not IP, or carries a tag. */
+static __noinline int from_container_other(struct __sk_buff *skb)
 {
-	enum slow_reason why = SLOW_NEW;
 	__u32 in = skb->ifindex;
-	struct pkt p;
+	struct iface *iface;
+	struct pkt p = {};
 	int verdict;
 
 	/* The kernel has taken the tag off and would put it on again where the packet leaves. */
-	if (unlikely(skb->vlan_present)) {
-		__builtin_memset(&p, 0, sizeof(p));
+	if (skb->vlan_present) {
 		verdict = DROP(&p, DROP_VLAN);
-	} else if (skb->protocol == bpf_htons(ETH_P_IP)) {
+	} else if (skb->protocol == bpf_htons(ETH_P_ARP)) {
+		iface = bpf_map_lookup_elem(&lash_ifaces, &in);
+		if (!iface || !answer_arp(skb, iface))
+			return VERDICT_DROP; /* for somebody who does not exist here: silence */
+		note(skb, in, ACTION_EGRESS);
+		return bpf_redirect(in, 0);
+	} else {
+		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
+	}
+	return finish(skb, &p, HOOK_POD, verdict, SLOW_NOT);
+}
+
+static __noinline int from_container_fast(struct __sk_buff *skb)
+{
+	enum slow_reason why = SLOW_NEW;
+	struct pkt p;
+	int verdict;
+
+	if (unlikely(skb->vlan_present))
+		return from_container_other(skb);
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		verdict = parse(skb, &p, false);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		verdict = parse(skb, &p, true);
-		if (!verdict && unlikely(p.proto == IPPROTO_ICMPV6)) {
+		if (unlikely(p.proto == IPPROTO_ICMPV6) && !verdict) {
 			bool done = false;
 
 			verdict = from_container_nd(skb, &p, &done);
 			if (done && verdict >= VERDICT_NEXT)
 				return verdict;
 		}
-	} else if (skb->protocol == bpf_htons(ETH_P_ARP)) {
-		struct iface *iface = bpf_map_lookup_elem(&lash_ifaces, &in);
-
-		if (!iface || !answer_arp(skb, iface))
-			return VERDICT_DROP; /* for somebody who does not exist here: silence */
-		note(skb, in, ACTION_EGRESS);
-		return bpf_redirect(in, 0);
 	} else {
-		__builtin_memset(&p, 0, sizeof(p));
-		verdict = DROP(&p, DROP_UNSUPPORTED_L3);
+		return from_container_other(skb);
 	}
-	if (!verdict)
-		verdict = conn_fast(skb, &p, HOOK_POD, in, false, &why);
-	if (verdict == NOT_FAST)
-		slow_pkt(&p, why);
-	return verdict < NOT_FAST ? drop_early(skb, &p, HOOK_POD, verdict) : verdict;
+	if (likely(!verdict))
+		verdict = conn_fast(skb, &p, HOOK_POD, skb->ifindex, false, &why);
+	return finish(skb, &p, HOOK_POD, verdict, why);
 }
 
 SEC("tc")

@@ -63,7 +63,7 @@ static __always_inline int follow(struct xdp_md *ctx, struct pkt *p, bool v6)
 	struct followed f;
 	struct conn_key k;
 	struct device *dev;
-	struct mac dmac, smac;
+	struct addr macs;
 	bool redirect;
 	__u16 mtu;
 
@@ -73,14 +73,13 @@ static __always_inline int follow(struct xdp_md *ctx, struct pkt *p, bool v6)
 	if (conn_follow(p, &k, IN_NETDEV, snat_claimed(bpf_ntohs(p->dport)), &f) != SLOW_NOT || f.d->action != ACTION_EGRESS || conn_due(f.rt, f.d, p, f.now))
 		return XDP_PASS;
 	out = f.d->out_ifindex;
-	dmac = f.d->dmac;
-	smac = f.d->smac;
+	macs = f.d->node;
 	mtu = f.d->mtu;
 	/* In one piece, and no bigger than the route allows. */
 	if (data + HEADERS4 > end || bpf_xdp_get_buff_len(ctx) != len || len - ETH_HLEN > mtu)
 		return XDP_PASS;
 	/* For this node: flooded frames are not, and those that another device of the node accepts. */
-	if (!same_mac(eth->h_dest, &smac)) {
+	if (!same_mac(eth->h_dest, (struct mac *)(macs.b + ETH_ALEN))) {
 		dev = bpf_map_lookup_elem(&lash_devices, &in);
 		if (!dev || !same_mac(eth->h_dest, &dev->mac))
 			return XDP_PASS;
@@ -92,7 +91,7 @@ static __always_inline int follow(struct xdp_md *ctx, struct pkt *p, bool v6)
 		return XDP_PASS;
 	if (nat_xdp(ctx, p, f.c, &k, f.d->flags, v6))
 		return XDP_PASS;
-	hop_macs(eth, &dmac, &smac);
+	hop_macs(data, &macs);
 	hop_ttl(data, v6);
 	conn_see(f.c, f.d, p, f.orig, len, f.now);
 	count(HOOK_XDP, SLOW_NOT, len);

@@ -25,6 +25,10 @@
 #define barrier()   asm volatile("" ::: "memory")
 #define barrier_var(x) asm volatile("" : "+r"(x)) /* the compiler forgets what it knows of x; the verifier does not */
 
+/* Several fields of memory that are read or written as one, whatever they are declared as. */
+typedef __u64 __attribute__((may_alias)) word64;
+typedef __u32 __attribute__((may_alias)) word32;
+
 /* Map definitions, read by the loader from BTF. */
 #define __uint(name, val)  int (*name)[val]
 #define __type(name, val)  typeof(val) *name
@@ -33,9 +37,13 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define bpf_htons(x) __builtin_bswap16(x)
 #define bpf_htonl(x) __builtin_bswap32(x)
+#define bpf_words(first, second)       ((__u64)(__u32)(second) << 32 | (__u32)(first)) /* as they lie in memory */
+#define bpf_halfwords(first, second)   ((__u32)(__u16)(second) << 16 | (__u16)(first))
 #else
 #define bpf_htons(x) (x)
 #define bpf_htonl(x) (x)
+#define bpf_words(first, second)       ((__u64)(__u32)(first) << 32 | (__u32)(second))
+#define bpf_halfwords(first, second)   ((__u32)(__u16)(first) << 16 | (__u16)(second))
 #endif
 #define bpf_ntohs bpf_htons
 #define bpf_ntohl bpf_htonl

@@ -31,8 +31,12 @@ static __always_inline __u32 current_epoch(void)
 static __always_inline bool conn_key(struct conn_key *k, const struct addr *src, __be16 sport,
 				     const struct addr *dst, __be16 dport, __u8 proto)
 {
+	__be16 lo_port, hi_port;
+	word64 *last = (void *)k + offsetof(struct conn_key, lo_port);
 	bool swap;
 
+	_Static_assert(sizeof(*k) == offsetof(struct conn_key, lo_port) + sizeof(*last), "the key's last word is written as one");
+	_Static_assert(KEY_TUPLE == 0 && offsetof(struct conn_key, proto) == offsetof(struct conn_key, lo_port) + 4, "the same");
 	if (src->d[1] != dst->d[1])
 		swap = src->d[1] > dst->d[1];
 	else if (src->d[0] != dst->d[0])
@@ -42,18 +46,15 @@ static __always_inline bool conn_key(struct conn_key *k, const struct addr *src,
 	if (swap) {
 		k->lo = *dst;
 		k->hi = *src;
-		k->lo_port = dport;
-		k->hi_port = sport;
+		lo_port = dport;
+		hi_port = sport;
 	} else {
 		k->lo = *src;
 		k->hi = *dst;
-		k->lo_port = sport;
-		k->hi_port = dport;
+		lo_port = sport;
+		hi_port = dport;
 	}
-	k->proto = proto;
-	k->kind = KEY_TUPLE;
-	k->pending = 0;
-	__builtin_memset(k->pad, 0, sizeof(k->pad));
+	*last = bpf_words(bpf_halfwords(lo_port, hi_port), bpf_htonl((__u32)proto << 24));
 	return swap;
 }
 
@@ -120,23 +121,42 @@ static __always_inline __u32 conn_lifetime(const struct conn *c, __u8 proto)
 	return cfg_ct_tcp_ticks;
 }
 
-/* conn_see takes note of a packet: state, lifetime, counters. */
-static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const struct pkt *p,
-				     bool orig, __u32 len, __u32 now)
+/* conn_turn takes note of a TCP packet that opens or ends the connection, or comes while it does. The connection's lifetime. */
+static __noinline __u32 conn_turn(struct conn *c, const struct pkt *p, bool orig, __u32 now)
 {
 	if (!(c->state & STATE_REPLIED) && (!orig || ((c->flags & CONN_DSR) && (p->tcp & TCP_ACK))))
 		c->state |= STATE_REPLIED;
 	/* Who goes on a second after its RST has not meant this connection, but one before with the same ports. */
-	if (unlikely(c->state & STATE_CLOSED) && !(p->tcp & TCP_RST) && orig == !(c->state & STATE_RST_REPLY) &&
+	if ((c->state & STATE_CLOSED) && !(p->tcp & TCP_RST) && orig == !(c->state & STATE_RST_REPLY) &&
 	    past(now + cfg_ct_close_ticks, c->expires + cfg_hz))
 		c->state &= ~(STATE_CLOSED | STATE_RST_REPLY);
-	if (unlikely(p->tcp & (TCP_FIN | TCP_RST))) {
+	if (p->tcp & (TCP_FIN | TCP_RST)) {
 		if (!(p->tcp & TCP_RST))
 			c->state |= orig ? STATE_FIN_ORIG : STATE_FIN_REPLY;
 		else if (!(c->state & STATE_CLOSED))
 			c->state |= orig ? STATE_CLOSED : STATE_CLOSED | STATE_RST_REPLY;
 	}
-	c->expires = now + conn_lifetime(c, p->proto);
+	return conn_lifetime(c, IPPROTO_TCP);
+}
+
+/* conn_see takes note of a packet: state, lifetime, counters. What both directions share is written only where it
+ * changes: they may be on two CPUs. */
+static __always_inline void conn_see(struct conn *c, struct conn_dir *d, const struct pkt *p,
+				     bool orig, __u32 len, __u32 now)
+{
+	__u32 expires = now;
+
+	if (p->proto != IPPROTO_TCP) {
+		if (!orig && !(c->state & STATE_REPLIED))
+			c->state |= STATE_REPLIED;
+		expires += cfg_ct_any_ticks;
+	} else if (likely(c->state == STATE_REPLIED && !(p->tcp & (TCP_FIN | TCP_RST)))) {
+		expires += cfg_ct_tcp_ticks;
+	} else {
+		expires += conn_turn(c, p, orig, now);
+	}
+	if (c->expires != expires)
+		c->expires = expires;
 	d->packets++;
 	d->bytes += len;
 }
@@ -176,6 +196,12 @@ static __always_inline struct conn *conn_answered(struct conn_key *k, const stru
 	if (!(c->flags & CONN_DNAT))
 		from = conn_responder(c, k, &port);
 	return addr_equal(from, &p->src) && port == p->sport ? c : NULL;
+}
+
+/* conn_if_answered is conn_answered where few packets are. */
+static __noinline struct conn *conn_if_answered(struct conn_key *k, const struct pkt *p)
+{
+	return conn_answered(k, p);
 }
 
 /* nat_lock makes sure that the row of lash_nat of scratch->nat_key that is looked at is the one that is

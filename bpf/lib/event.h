@@ -382,8 +382,5 @@ __noinline int count_drop(struct __sk_buff *skb, int reason, __u32 where)
 #define drop(skb, p, hook, reason) \
 	count_drop(skb, reason, (__u32)(hook) << 24 | (__u32)(p)->file << 16 | (p)->line)
 
-/* drop_early is drop for a packet that is not in lash_scratch yet. */
-#define drop_early(skb, p, hook, reason) ({ slow_pkt(p, SLOW_NOT); drop(skb, p, hook, reason); })
-
 #undef FILE_ID
 #endif

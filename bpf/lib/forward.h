@@ -20,11 +20,13 @@ static __always_inline void note(struct __sk_buff *skb, __u32 ifindex, __u32 act
 	skb->cb[1] = action;
 }
 
-/* What a hop changes in the frame's first HEADERS4 bytes. */
-static __always_inline void hop_macs(struct ethhdr *eth, const struct mac *dmac, const struct mac *smac)
+/* What a hop changes in the frame's first HEADERS4 bytes. macs: both, as a decision has them and a frame begins. */
+static __always_inline void hop_macs(void *data, const struct addr *macs)
 {
-	__builtin_memcpy(eth->h_dest, dmac, ETH_ALEN);
-	__builtin_memcpy(eth->h_source, smac, ETH_ALEN);
+	_Static_assert(offsetof(struct conn_dir, dmac) == offsetof(struct conn_dir, node) &&
+		       offsetof(struct conn_dir, smac) == offsetof(struct conn_dir, node) + ETH_ALEN, "they are copied as one");
+	*(word64 *)data = *(const word64 *)macs;
+	*(word32 *)(data + 8) = *(const word32 *)&macs->w[2];
 }
 
 static __always_inline void hop_ttl(void *data, bool v6)
@@ -40,14 +42,13 @@ static __always_inline void hop_ttl(void *data, bool v6)
 	}
 }
 
-static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p,
-				     const struct mac *dmac, const struct mac *smac, bool ttl)
+static __always_inline int write_hop(struct __sk_buff *skb, const struct pkt *p, const struct addr *macs, bool ttl)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
 	if (data + HEADERS4 > end)
 		return -1;
-	hop_macs(data, dmac, smac);
+	hop_macs(data, macs);
 	if (!ttl)
 		return 0;
 	hop_ttl(data, p->v6);
@@ -71,8 +72,11 @@ static __always_inline int to_pod(struct __sk_buff *skb, const enum hook hook, _
 static __always_inline int to_host(struct __sk_buff *skb, const struct pkt *p)
 {
 	__u64 mac = cfg_host_mac;
+	struct addr macs = {};
 
-	if (write_hop(skb, p, (struct mac *)&mac, (struct mac *)&mac, false))
+	__builtin_memcpy(macs.b, &mac, ETH_ALEN);
+	__builtin_memcpy(macs.b + ETH_ALEN, &mac, ETH_ALEN);
+	if (write_hop(skb, p, &macs, false))
 		return -1;
 	note(skb, cfg_host_ifindex, ACTION_HOST);
 	return bpf_redirect(cfg_host_ifindex, BPF_F_INGRESS);
@@ -139,7 +143,6 @@ static __always_inline int carry_out(struct __sk_buff *skb, struct pkt *p, const
 {
 	__u32 out = d->out_ifindex, lifetime = 0, how = hook == HOOK_POD ? OBSERVE_EGRESS : hook == HOOK_OVERLAY ? OBSERVE_TUNNEL : 0;
 	__u8 action = d->action, flags = d->flags;
-	struct mac dmac = d->dmac, smac = d->smac;
 
 	if (tell != TRACE_NOT)
 		lifetime = c->expires / cfg_hz;
@@ -154,22 +157,18 @@ static __always_inline int carry_out(struct __sk_buff *skb, struct pkt *p, const
 		if (flags & DIR_TO_NAT)
 			how |= OBSERVE_NAT;
 	}
-	switch (action) {
-	case ACTION_PEER:
-		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
+	if (likely(action == ACTION_PEER || action == ACTION_EGRESS)) {
+		if (write_hop(skb, p, &d->node, flags & DIR_TTL))
 			return -1;
 		if (tell != TRACE_NOT)
-			observe(skb, how | TRACE_TO_ENDPOINT, out, tell, lifetime);
-		return to_pod(skb, hook, out);
-	case ACTION_EGRESS:
-		if (write_hop(skb, p, &dmac, &smac, flags & DIR_TTL))
-			return -1;
-		if (tell != TRACE_NOT)
-			observe(skb, how | TRACE_TO_NETWORK, out, tell, lifetime);
+			observe(skb, how | (action == ACTION_PEER ? TRACE_TO_ENDPOINT : TRACE_TO_NETWORK), out, tell, lifetime);
+		if (action == ACTION_PEER)
+			return to_pod(skb, hook, out);
 		note(skb, out, ACTION_EGRESS);
 		skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
 		return bpf_redirect(out, 0);
-	case ACTION_TUNNEL:
+	}
+	if (action == ACTION_TUNNEL) {
 		if (tell != TRACE_NOT)
 			observe_tunnel(skb, how, &d->node, tell, lifetime);
 		return to_tunnel(skb, &d->node, d->vni);
@@ -228,7 +227,7 @@ static __always_inline enum slow_reason conn_follow(const struct pkt *p, struct 
 	if (likely(f->c)) {
 		f->orig = conn_from_initiator(f->c, from_hi);
 	} else {
-		f->c = answers ? NULL : conn_answered(k, p);
+		f->c = answers ? NULL : conn_if_answered(k, p);
 		if (!f->c)
 			return SLOW_NEW;
 	}
@@ -282,6 +281,15 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 	return verdict;
 }
 
+/* finish ends a program's first half: the verdict, unless the packet is the second's or dropped, which it leaves in lash_scratch. */
+static __always_inline int finish(struct __sk_buff *skb, const struct pkt *p, const enum hook hook, int verdict, enum slow_reason why)
+{
+	if (likely(verdict > NOT_FAST))
+		return verdict;
+	slow_pkt(p, why);
+	return verdict == NOT_FAST ? NOT_FAST : drop(skb, p, hook, verdict);
+}
+
 /* conn_report follows the decision that conn_fast found, for a packet that is worth an
  * event. NOT_FAST: it has gone meanwhile. */
 static __noinline int conn_report(struct __sk_buff *skb, struct pkt *p, const enum hook hook)
@@ -299,7 +307,7 @@ static __noinline int conn_report(struct __sk_buff *skb, struct pkt *p, const en
 	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
 	orig = c && conn_from_initiator(c, from_hi);
 	if (!c)
-		c = conn_answered(&scratch->key, p);
+		c = conn_if_answered(&scratch->key, p);
 	if (!c)
 		return NOT_FAST;
 	d = orig ? &c->orig : &c->reply;

@@ -134,21 +134,23 @@ static __always_inline bool nat_side(const struct pkt *p, const struct conn *c, 
 /* nat_tuple gives p, of a packet of connection k, the tuple that its direction's flags say. */
 static __always_inline void nat_tuple(struct pkt *p, const struct conn *c, const struct conn_key *k, __u32 flags)
 {
-#pragma clang loop unroll(full)
-	for (int i = 0; i < 2; i++) {
-		const struct addr *to;
-		__be16 port;
-		bool source;
-
-		if (!nat_side(p, c, k, flags, i, &source, &to, &port))
-			continue;
-		if (source) {
-			p->src = *to;
-			p->sport = port;
-		} else {
-			p->dst = *to;
-			p->dport = port;
+	if (flags & DIR_TO_NAT) {
+		if (c->flags & CONN_NAT) {
+			p->src = c->nat_addr;
+			p->sport = c->nat_port;
 		}
+		if (c->flags & CONN_DNAT) {
+			p->dst = c->to_addr;
+			p->dport = c->to_port;
+		}
+	} else if (flags & DIR_DSR) {
+		p->src = c->to_addr;
+		p->sport = c->to_port;
+	} else {
+		if (c->flags & CONN_NAT)
+			p->dst = *conn_initiator(c, k, &p->dport);
+		if (c->flags & CONN_DNAT)
+			p->src = *conn_responder(c, k, &p->sport);
 	}
 }
 

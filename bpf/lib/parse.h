@@ -79,11 +79,21 @@ struct l4_head {
 
 #define L4_SHORT 8 /* of UDP and ICMP; of SCTP what is read */
 
+/* Addresses and keys are written in the words in which they are read: a CPU that has to put a word together from several
+ * stores still under way waits for them. */
 static __always_inline void addr_from4(struct addr *a, __be32 ip)
 {
 	a->d[0] = 0;
-	a->w[2] = bpf_htonl(0xffff);
-	a->w[3] = ip;
+	a->d[1] = bpf_words(bpf_htonl(0xffff), ip);
+}
+
+/* addr_from6 reads an address of a header, which lies anywhere. */
+static __always_inline void addr_from6(struct addr *a, const void *ip)
+{
+	const word64 *d = ip;
+
+	a->d[0] = d[0];
+	a->d[1] = d[1];
 }
 
 static __always_inline bool addr_is4(const struct addr *a)
@@ -134,8 +144,8 @@ static __always_inline int parse_ip6(struct pkt *p, const struct ipv6hdr *ip)
 {
 	if (unlikely(ip->version != 6))
 		return DROP(p, DROP_INVALID);
-	__builtin_memcpy(&p->src, &ip->saddr, 16);
-	__builtin_memcpy(&p->dst, &ip->daddr, 16);
+	addr_from6(&p->src, &ip->saddr);
+	addr_from6(&p->dst, &ip->daddr);
 	p->proto = ip->nexthdr;
 	p->ttl = ip->hop_limit;
 	p->l3_len = bpf_ntohs(ip->payload_len) + sizeof(*ip);
@@ -272,15 +282,12 @@ static __noinline int parse_extensions(struct __sk_buff *skb, struct pkt *p)
 	return DROP(p, DROP_IPV6_EXTENSION);
 }
 
-/* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6
- * bytes are in the linear part. 0 or a drop reason. */
-static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
+/* parse_frame is parse for every frame, into a *p of which only v6 is set. */
+static __always_inline int parse_frame(struct __sk_buff *skb, struct pkt *p, bool v6)
 {
 	__u32 want = v6 ? HEADERS6 : HEADERS4;
 	void *data, *end;
 
-	__builtin_memset(p, 0, sizeof(*p));
-	p->v6 = v6;
 	data = (void *)(long)skb->data;
 	end = (void *)(long)skb->data_end;
 	if (unlikely(data + want + 20 > end)) {
@@ -330,6 +337,55 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 			return parse_l4(p, head, head + L4_SHORT);
 		return parse_l4(p, head, head);
 	}
+}
+
+static __noinline int parse_any(struct __sk_buff *skb, struct pkt *p)
+{
+	return p->v6 ? parse_frame(skb, p, true) : parse_frame(skb, p, false);
+}
+
+/* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6 bytes are in the linear part. 0 or a drop
+ * reason. What nearly all frames are it reads itself: TCP or UDP right behind an IP header without options, in one piece. */
+static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct l4_head *l4 = data + (v6 ? HEADERS6 : HEADERS4);
+	struct ipv6hdr *ip6 = data + ETH_HLEN;
+	struct iphdr *ip = data + ETH_HLEN;
+	__u8 proto;
+
+	__builtin_memset(p, 0, sizeof(*p));
+	p->v6 = v6;
+	if (unlikely((void *)(l4 + 1) > end))
+		return parse_any(skb, p);
+	if (v6 ? ip6->version != 6 : *(__u8 *)ip != 0x45 || (ip->frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)))
+		return parse_any(skb, p);
+	proto = v6 ? ip6->nexthdr : ip->protocol;
+	if (likely(proto == IPPROTO_TCP)) {
+		if (unlikely(l4->doff < 0x50))
+			return parse_any(skb, p);
+		p->tcp = l4->flags;
+		p->tcp_len = (l4->doff >> 4) * 4;
+	} else if (proto != IPPROTO_UDP) {
+		return parse_any(skb, p);
+	}
+	if (v6) {
+		addr_from6(&p->src, &ip6->saddr);
+		addr_from6(&p->dst, &ip6->daddr);
+		p->ttl = ip6->hop_limit;
+		p->l3_len = bpf_ntohs(ip6->payload_len) + sizeof(*ip6);
+	} else {
+		addr_from4(&p->src, ip->saddr);
+		addr_from4(&p->dst, ip->daddr);
+		p->ttl = ip->ttl;
+		p->l3_len = bpf_ntohs(ip->tot_len);
+	}
+	p->proto = proto;
+	p->l4 = v6 ? HEADERS6 : HEADERS4;
+	p->sport = l4->sport;
+	p->dport = l4->dport;
+	p->flags = PKT_PORTS;
+	return 0;
 }
 
 #undef FILE_ID

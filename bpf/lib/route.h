@@ -209,9 +209,9 @@ static __noinline struct ipcache_entry *tunnel_to(const struct addr *a)
  * queues it while it resolves and keeps the entry checked while it is used. */
 static __always_inline int by_neighbour(struct __sk_buff *skb, const struct pkt *p, struct hop *hop)
 {
-	struct mac zero = {};
+	struct addr zero = {};
 
-	if (write_hop(skb, p, &zero, &zero, true))
+	if (write_hop(skb, p, &zero, true))
 		return -1;
 	note(skb, hop->ifindex, ACTION_NEIGH);
 	skb->mark = (skb->mark & ~MARK_MASK) | MARK_DONE;
