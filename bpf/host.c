@@ -67,15 +67,10 @@ static __noinline int from_host_service(struct __sk_buff *skb, struct pkt *p, __
 
 	if (!scratch)
 		return DROP(p, DROP_CT_INSERT);
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
+	err = whole_tuple(skb, p, false);
+	if (err)
+		return err;
 	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, false);
-		if (err)
-			return err;
 		if (!(p->flags & PKT_TRANSLATED))
 			return DROP(p, DROP_UNROUTABLE);
 		count(HOOK_HOST, SLOW_ICMP_ERROR, skb->len);
@@ -150,16 +145,9 @@ static __noinline int from_host_slow(struct __sk_buff *skb, struct pkt *p, __u32
 			return VERDICT_DROP;
 		return NOT_FAST;
 	}
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, false);
-		if (err)
-			return err;
-	}
+	err = whole_tuple(skb, p, false);
+	if (err)
+		return err;
 	met = conn_meet(skb, MEET_OPEN);
 	if (met < 0)
 		return met;

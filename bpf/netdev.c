@@ -73,16 +73,9 @@ static __noinline int from_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 	src = endpoint_of(&p->src);
 	if (src && !(src->flags & ENDPOINT_HOST))
 		return DROP(p, DROP_INVALID_SOURCE); /* a pod of this node cannot come in from outside */
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, false);
-		if (err)
-			return err;
-	}
+	err = whole_tuple(skb, p, false);
+	if (err)
+		return err;
 	met = conn_meet(skb, MEET_KNOWN);
 	if (met < 0)
 		return met;
@@ -416,19 +409,12 @@ static __noinline int to_netdev_slow(struct __sk_buff *skb, struct pkt *p)
 		return to_netdev_node(skb, p);
 	if (!dev || (p->v6 ? !cfg_masquerade6 : !cfg_masquerade4))
 		return VERDICT_OK;
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, true);
-		if (err)
-			return err;
-		if (p->flags & PKT_TRANSLATED) {
-			count(HOOK_NETDEV_OUT, SLOW_ICMP_ERROR, skb->len);
-			return VERDICT_OK;
-		}
+	err = whole_tuple(skb, p, true);
+	if (err)
+		return err;
+	if ((p->flags & PKT_ICMP_ERROR) && (p->flags & PKT_TRANSLATED)) {
+		count(HOOK_NETDEV_OUT, SLOW_ICMP_ERROR, skb->len);
+		return VERDICT_OK;
 	}
 	met = conn_meet(skb, MEET_OPEN);
 	if (met < 0)

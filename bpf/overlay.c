@@ -47,16 +47,9 @@ static __noinline int from_overlay_slow(struct __sk_buff *skb, struct pkt *p, __
 		return DROP(p, DROP_INVALID_SOURCE); /* what lives on this node does not come from another */
 	if (!endpoint_of(&p->dst))
 		return DROP(p, DROP_UNROUTABLE);
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, false);
-		if (err)
-			return err;
-	}
+	err = whole_tuple(skb, p, false);
+	if (err)
+		return err;
 	met = conn_meet(skb, MEET_KNOWN);
 	if (met < 0)
 		return met;

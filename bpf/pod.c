@@ -96,19 +96,9 @@ static __noinline int from_container_slow(struct __sk_buff *skb, struct pkt *p, 
 		return DROP(p, DROP_NO_ENDPOINT);
 	if (!addr_equal(&p->src, p->v6 ? &iface->ip6 : &iface->ip4))
 		return DROP(p, DROP_INVALID_SOURCE);
-	if (p->flags & PKT_FRAGMENT) {
-		err = fragment_ports(p);
-		if (err)
-			return err;
-	}
-
-	/* An error about a translated packet speaks of addresses that its other end knows. What the stack
-	 * sends on is translated when it leaves. */
-	if (p->flags & PKT_ICMP_ERROR) {
-		err = translate_report(skb, p, cfg_host_routing);
-		if (err)
-			return err;
-	}
+	err = whole_tuple(skb, p, cfg_host_routing); /* what the stack sends on is translated when it leaves */
+	if (err)
+		return err;
 
 	/* The connection, with a service that the socket could not translate. From here on the packet
 	 * is addressed to the backend, or comes from the frontend. */

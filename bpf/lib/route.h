@@ -238,5 +238,18 @@ static __always_inline int fragment_ports(struct pkt *p)
 	return 0;
 }
 
+/* whole_tuple makes p's tuple one to search by: fragments get the ports of their datagram, and errors about a translated
+ * packet speak of addresses that its other end knows (translate_report). 0 or a drop reason. */
+static __always_inline int whole_tuple(struct __sk_buff *skb, struct pkt *p, bool masqueraded)
+{
+	int err = 0;
+
+	if (p->flags & PKT_FRAGMENT)
+		err = fragment_ports(p);
+	if (!err && (p->flags & PKT_ICMP_ERROR))
+		err = translate_report(skb, p, masqueraded);
+	return err;
+}
+
 #undef FILE_ID
 #endif

@@ -15,7 +15,7 @@ import (
 
 // DesiredServiceRoutes is the Desired function of the loop over routes to services' addresses. They lead to the host
 // device, whose program serves what the node itself asks of them and no program has translated at the socket. An address
-// of a node has none.
+// of a node has none, nor has an external one.
 func DesiredServiceRoutes(t *state.Tables, cfg Config) func() reconcile.Snapshot[netip.Prefix, model.Route] {
 	type key = netip.Prefix
 	rows := &state.Keyed[key, model.Route]{
