@@ -38,7 +38,7 @@ type Cell struct {
 	Beside string  `json:"beside,omitempty"` // of a baseline: the path that this is to be compared with
 	Kind   string  `json:"kind"`
 	Family int     `json:"family"`
-	Value  float64 `json:"value"` // rr: µs an exchange; crr: connects a second; streams: Gbit/s; pps: datagrams a second
+	Value  float64 `json:"value"` // rr: µs an exchange; crr: connects a second, median over slices of 5 ms; streams: Gbit/s; pps: datagrams a second
 	Error  string  `json:"error,omitempty"`
 }
 
@@ -190,7 +190,7 @@ func value(kind string, client, server Result) float64 {
 	case RR:
 		return float64(client.P50) / 1e3
 	case CRR:
-		return float64(client.Count) / client.Time.Seconds()
+		return 1 / client.P50.Seconds()
 	case Flood:
 		return float64(server.Count) / client.Time.Seconds()
 	}
@@ -198,10 +198,13 @@ func value(kind string, client, server Result) float64 {
 }
 
 // repeats is how many connections one figure is the median of. Of streams about one in five settles at four fifths of
-// the others' rate, on every path, bare ones included.
+// the others' rate, on every path, bare ones included; connects scatter most.
 func repeats(kind string) int {
-	if kind == Stream || kind == StreamX {
+	switch kind {
+	case Stream, StreamX:
 		return 3
+	case CRR:
+		return 4
 	}
 	return 2
 }

@@ -25,7 +25,8 @@ const (
 
 const (
 	streamBuffer = 128 << 10
-	rrBatch      = 16 // exchanges between two looks at the clock
+	rrBatch      = 16                   // exchanges between two looks at the clock
+	crrSlice     = 5 * time.Millisecond // of which the median is taken: long enough for what Lash does now and then
 	patience     = 3 * time.Second
 )
 
@@ -182,7 +183,7 @@ func timedOut(errno unix.Errno) error {
 type Result struct {
 	Count uint64        `json:"count"` // exchanges, connections, bytes or datagrams
 	Time  time.Duration `json:"time"`
-	P50   time.Duration `json:"p50,omitempty"` // rr: median over batches, of one exchange
+	P50   time.Duration `json:"p50,omitempty"` // rr: median over batches, of one exchange; crr: over slices of 5 ms, of one connection
 }
 
 const (
@@ -338,9 +339,14 @@ func driveEcho(s socket, warm, duration time.Duration) (Result, error) {
 			break
 		}
 	}
-	slices.Sort(batches)
-	r.P50 = batches[len(batches)/2] / rrBatch
+	r.P50 = median(batches) / rrBatch
 	return r, nil
+}
+
+// median sorts times.
+func median(times []time.Duration) time.Duration {
+	slices.Sort(times)
+	return times[len(times)/2]
 }
 
 func driveConnects(server netip.AddrPort, congestion string, warm, duration time.Duration) (Result, error) {
@@ -385,12 +391,21 @@ func driveConnects(server netip.AddrPort, congestion string, warm, duration time
 			return r, err
 		}
 	}
-	for begin := time.Now(); r.Time < duration; r.Time = time.Since(begin) {
+	var slots []time.Duration
+	begin := time.Now()
+	for before, count := begin, uint64(0); r.Time < duration; {
 		if err := once(); err != nil {
 			return r, err
 		}
-		r.Count++
+		count++
+		now := time.Now()
+		if took := now.Sub(before); took >= crrSlice {
+			slots = append(slots, took/time.Duration(count))
+			r.Count, before, count = r.Count+count, now, 0
+			r.Time = now.Sub(begin)
+		}
 	}
+	r.P50 = median(slots)
 	b[0] = byteQuit
 	return r, once()
 }
