@@ -25,6 +25,7 @@ type wanted struct {
 	frontends map[string]bool            // ADDR:PORT/PROTO
 	hostPorts map[string]map[string]bool // the same, of pods, by node
 	vips      map[string]bool            // addresses of the frontends
+	routed    map[netip.Addr]bool        // of them those that nodes have routes to: false where it is somebody's external address, too
 	backends  map[netip.AddrPort]string  // protocols are those of their service
 	ready     map[netip.AddrPort]bool    // of the backends
 }
@@ -42,6 +43,7 @@ type kernel struct {
 	links     []string
 	addrs     []netip.Addr // of the node's own devices
 	routes    []routeFacts // of protocol 76, which is Lash's
+	services  []routeFacts // of protocol 77, which are to services' addresses
 	endpoints []endpointFacts
 	tables    map[string][][]string // rows of lash bpf NAME list
 	pins      []string              // files in bpffs, lash/links
@@ -132,6 +134,20 @@ func (w wanted) compare(node string, k kernel, h history) []string {
 	for dst := range routes {
 		if !own[dst] {
 			missing("route %s", dst)
+		}
+	}
+
+	toServices := map[netip.Addr]bool{}
+	for _, r := range k.services {
+		a := prefix(r.Dst).Addr()
+		toServices[a] = true
+		if !w.routed[a] || local[a] {
+			left("route %s dev %s: there is no such service", r.Dst, r.Dev)
+		}
+	}
+	for a, routed := range w.routed {
+		if routed && !local[a] && !toServices[a] {
+			missing("route to service %s", a)
 		}
 	}
 
@@ -356,8 +372,8 @@ func readWanted(ctx context.Context, c *cluster.Cluster) (wanted, error) {
 }
 
 func parseWanted(list []byte) (wanted, error) {
-	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, hostPorts: map[string]map[string]bool{}, vips: map[string]bool{}, backends: map[netip.AddrPort]string{},
-		ready: map[netip.AddrPort]bool{}}
+	w := wanted{nodes: map[string]nodeFacts{}, pods: map[netip.Addr]podFacts{}, frontends: map[string]bool{}, hostPorts: map[string]map[string]bool{}, vips: map[string]bool{}, routed: map[netip.Addr]bool{},
+		backends: map[netip.AddrPort]string{}, ready: map[netip.AddrPort]bool{}}
 	type port struct {
 		Port     uint16
 		NodePort uint16
@@ -435,6 +451,11 @@ func parseWanted(list []byte) (wanted, error) {
 					if a := address(ip); a.IsValid() && !headless {
 						w.frontends[frontend(a, p.Port, p.Protocol)] = true
 						w.vips[strings.TrimSuffix(netip.AddrPortFrom(a, 0).String(), ":0")] = true
+						if slices.Contains(o.Spec.ExternalIPs, ip) {
+							w.routed[a] = false
+						} else if _, known := w.routed[a]; !known {
+							w.routed[a] = true
+						}
 						if p.NodePort != 0 {
 							w.frontends[frontend(everywhere(a), p.NodePort, p.Protocol)] = true
 						}
@@ -498,6 +519,8 @@ lash=/proc/$agent/root/usr/bin/lash
 ip -j addr
 ip -j -4 route show proto ` + fmt.Sprint(routeProtocol) + `
 ip -j -6 route show proto ` + fmt.Sprint(routeProtocol) + `
+ip -j -4 route show table local proto ` + fmt.Sprint(serviceRouteProtocol) + `
+ip -j -6 route show table local proto ` + fmt.Sprint(serviceRouteProtocol) + `
 $lash endpoint list -o json
 for t in ` + strings.Join(bpfTables, " ") + `; do $lash bpf $t list -o json; done
 for f in /sys/fs/bpf/lash/links/*; do echo "\"${f##*/}\""; done`
@@ -512,7 +535,10 @@ for f in /sys/fs/bpf/lash/links/*; do echo "\"${f##*/}\""; done`
 	return k, nil
 }
 
-const routeProtocol = 76
+const (
+	routeProtocol        = 76
+	serviceRouteProtocol = 77
+)
 
 // parseKernel reads the JSON values that the script of readKernel prints one after the other.
 func parseKernel(r io.Reader) (kernel, error) {
@@ -521,14 +547,14 @@ func parseKernel(r io.Reader) (kernel, error) {
 		IfName   string
 		AddrInfo []struct{ Local string } `json:"addr_info"`
 	}
-	var v4, v6 []routeFacts
+	var v4, v6, services4, services6 []routeFacts
 	d := json.NewDecoder(r)
-	for _, into := range []any{&links, &v4, &v6, &k.endpoints} {
+	for _, into := range []any{&links, &v4, &v6, &services4, &services6, &k.endpoints} {
 		if err := d.Decode(into); err != nil {
 			return k, err
 		}
 	}
-	k.routes = append(v4, v6...)
+	k.routes, k.services = append(v4, v6...), append(services4, services6...)
 	for _, l := range links {
 		k.links = append(k.links, l.IfName)
 		for _, a := range l.AddrInfo {
