@@ -179,13 +179,21 @@ func (s *serviceStory) clear(ctx context.Context) error {
 // restart replaces all pods of a deployment and returns when those of before have ended. during is done when the first
 // ones have been replaced; nil: nothing.
 func (s *serviceStory) restart(ctx context.Context, app string, during func(context.Context) error) error {
+	running := func(ctx context.Context) ([]string, error) { // names of those that have not been told to end
+		out, err := s.c.Kubectl(ctx, "-n", "rolling", "get", "pods", "-l", "app="+app, "-o", `go-template={{range .items}}{{if not .metadata.deletionTimestamp}}{{.metadata.name}} {{end}}{{end}}`)
+		return strings.Fields(out), err
+	}
+	before, err := running(ctx)
+	if err != nil {
+		return err
+	}
 	if err := s.kubectl(ctx, "-n", "rolling", "rollout", "restart", "deploy/"+app); err != nil {
 		return err
 	}
 	if during != nil {
 		if err := until(ctx, stepPatience, func(ctx context.Context) error {
-			out, err := s.c.Kubectl(ctx, "-n", "rolling", "get", "pods", "-l", "app="+app, "--no-headers")
-			if err == nil && !strings.Contains(out, "Terminating") {
+			now, err := running(ctx)
+			if err == nil && !slices.ContainsFunc(before, func(name string) bool { return !slices.Contains(now, name) }) {
 				err = errors.New("no pod has been replaced yet")
 			}
 			return err
