@@ -4,15 +4,13 @@ package packet
 
 import (
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/lash-net/lash/bpf"
 	"github.com/lash-net/lash/internal/datapath"
+	"github.com/lash-net/lash/internal/testutil"
 )
 
 // outerSize is what the tunnel puts before a frame: Ethernet, IPv4, UDP, VXLAN or Geneve without options.
@@ -43,18 +41,8 @@ func takenOut(in input, out outcome) (input, bool) {
 	return in, taken
 }
 
-// takesOut: the kernel can uncover a packet of that family (IPv6 below IPv4: 6.3).
-func takesOut(t testing.TB, v6 bool) bool {
-	var uts unix.Utsname
-	var major, minor int
-	if err := unix.Uname(&uts); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(uts.Release[:]), "%d.%d", &major, &minor); err != nil {
-		t.Fatal(err)
-	}
-	return !v6 || major > 6 || major == 6 && minor >= 3
-}
+// takesOut: the kernel can uncover a packet of that family.
+func takesOut(t testing.TB, v6 bool) bool { return !v6 || testutil.KernelAtLeast(t, 6, 3) }
 
 // What other nodes encapsulate is taken out where it arrives, if a decision holds for it; the tunnel's device gets
 // everything else, as it was.
