@@ -332,8 +332,8 @@ static __always_inline bool encapsulated(const struct __sk_buff *skb)
  *
  * What the device would see to is either seen to here (the sender is the connection's node) or is left to it: a checksum of
  * the outer header, congestion met on the way, header bits that mean something. Of several packets in one (GRO) the kernel
- * goes on to believe that they are in a tunnel, which matters only where a pod sends them on to a device that cannot
- * segment tunnels: they are segmented before it. */
+ * goes on to believe that they are in a tunnel. Of TCP that matters only where a pod sends them on to a device that cannot
+ * segment tunnels: they are segmented before it. Datagrams are split for the socket, so they are left to the device. */
 static __noinline int decapsulate(struct __sk_buff *skb)
 {
 	__u32 least = sizeof(struct outer) + HEADERS4 + sizeof(struct l4_head), most = least + HEADERS6 - HEADERS4;
@@ -361,6 +361,8 @@ static __noinline int decapsulate(struct __sk_buff *skb)
 	v6 = eth->h_proto == bpf_htons(ETH_P_IPV6);
 	if (v6 ? !parse_plain(&p, eth, end, true) : eth->h_proto != bpf_htons(ETH_P_IP) || !parse_plain(&p, eth, end, false))
 		return VERDICT_OK;
+	if (p.proto == IPPROTO_UDP && skb->gso_size)
+		return VERDICT_OK; /* the pod's stack would split them as tunnel packets */
 	if (conn_follow(&p, &k, IN_OVERLAY, false, &f) != SLOW_NOT || f.d->action != ACTION_PEER || (f.c->flags & CONN_DSR))
 		return VERDICT_OK;
 	back = f.orig ? &f.c->reply : &f.c->orig;
