@@ -93,9 +93,9 @@ N: eth0@ifN: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state UP g
        valid_lft forever preferred_lft forever
     inet6 fe80::LL/64 scope link
        valid_lft forever preferred_lft forever`
-	// The kernel makes the link-local address when its link event has been worked off.
+	// The kernel makes the link-local address when its link event has been worked off, and lets it be used a moment later.
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
-		if strings.Contains(testutil.In(t, pod, "ip", "addr", "show", "dev", "eth0", "scope", "link"), "fe80") {
+		if link := testutil.In(t, pod, "ip", "addr", "show", "dev", "eth0", "scope", "link"); strings.Contains(link, "fe80") && !strings.Contains(link, "tentative") {
 			break
 		}
 	}
