@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 )
 
 // The kernel's limit: programs that know in advance where everything goes and
@@ -53,6 +55,27 @@ func outOf(ifindex int, destination, source net.HardwareAddr) asm.Instructions {
 	}
 	return append(ins,
 		asm.Mov.Imm(asm.R1, int32(ifindex)).WithSymbol("redirect"),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.FnRedirect.Call(),
+		asm.Return())
+}
+
+// intoTunnel has the device encapsulate to a node.
+func intoTunnel(ifindex int, node netip.Addr) asm.Instructions {
+	const zeroChecksum = 1 << 1 // BPF_F_ZERO_CSUM_TX
+	to := node.As4()
+	words := []uint32{1000, binary.BigEndian.Uint32(to[:]), 0, 0, 0, 64 << 8, 0} // struct bpf_tunnel_key to its tunnel_label
+	ins := append(onlyIP(), asm.Mov.Reg(asm.R2, asm.R10).WithSymbol("ip"))
+	for i, w := range words {
+		ins = append(ins, asm.StoreImm(asm.R10, int16(4*(i-len(words))), int64(w), asm.Word))
+	}
+	return append(ins,
+		asm.Add.Imm(asm.R2, int32(-4*len(words))),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.Mov.Imm(asm.R3, int32(4*len(words))),
+		asm.Mov.Imm(asm.R4, zeroChecksum),
+		asm.FnSkbSetTunnelKey.Call(),
+		asm.Mov.Imm(asm.R1, int32(ifindex)),
 		asm.Mov.Imm(asm.R2, 0),
 		asm.FnRedirect.Call(),
 		asm.Return())
@@ -122,4 +145,38 @@ func limitAcross(t *Topology) (Pair, error) {
 		}
 	}
 	return pair, nil
+}
+
+// limitVXLAN is a fixed node to encapsulate to, redirect_peer in.
+func limitVXLAN(t *Topology) (Pair, error) {
+	n, m, err := t.Nodes()
+	if err != nil {
+		return Pair{}, err
+	}
+	var pods []*pod
+	for _, way := range []struct{ from, to *Node }{{n, m}, {m, n}} {
+		p, err := t.wirePod(way.from)
+		if err != nil {
+			return Pair{}, err
+		}
+		pods = append(pods, p)
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MTU = "vxlan", 1500
+		if err := way.from.nl.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, FlowBased: true, Port: tunnelPort, UDPCSum: true}); err != nil {
+			return Pair{}, fmt.Errorf("vxlan in %s: %w", way.from.Name, err)
+		}
+		device, err := way.from.Link(attrs.Name)
+		if err != nil {
+			return Pair{}, err
+		}
+		index := device.Attrs().Index
+		if err := errors.Join(
+			way.from.SetUp(attrs.Name),
+			p.nl.LinkSetMTU(p.eth0, tunnelMTU),
+			attachIngress(t, way.from.Netns, p.host.Attrs().Index, "limit_encap", intoTunnel(index, way.to.Addr4)),
+			attachIngress(t, way.from.Netns, index, "limit_decap", intoPod(p.host.Attrs().Index))); err != nil {
+			return Pair{}, err
+		}
+	}
+	return Pair{Client: pods[0].Netns, Server: pods[1].Netns, Server4: pods[1].addr4, Server6: pods[1].addr6}, nil
 }

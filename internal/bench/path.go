@@ -62,6 +62,7 @@ func Paths() []Path {
 		{Name: "lash-across", Group: AcrossNode, Against: Bare, Gated: true, Setup: lashAcross(native)},
 		{Name: "routed-across", Group: AcrossNode, Against: Bare, Extra: true, Setup: routedAcross},
 		{Name: "lash-host", Group: HostToHost, Against: Bare, Gated: true, Setup: lashHost},
+		{Name: "limit-vxlan", Group: Overlay, Against: Bare, Setup: limitVXLAN},
 		{Name: "lash-vxlan", Group: Overlay, Against: Bare, Gated: true, Setup: lashAcross(mode{tunnel: true})},
 		{Name: "lash-legacy", Group: Legacy, Against: Bare, Setup: lashAcross(mode{legacy: true})},
 		{Name: "loopback", Group: WithinPod, Setup: withinPod},
