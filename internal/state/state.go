@@ -47,7 +47,7 @@ type Tables struct {
 
 // New returns an empty database. Stop ends its background work.
 func New() (*Tables, error) {
-	db := statedb.New()
+	db := statedb.New(statedb.WithMetrics(&statedb.NopMetrics{})) // nobody reads them, and each transaction pays for them
 	t := &Tables{DB: db}
 	err := firstError(
 		create(db, &t.NodeObjects, newNodeObjects),
