@@ -489,6 +489,25 @@ func (c *cluster) profile(ctx context.Context, dir string) error {
 	return errors.Join(err, keep("kube-apiserver.metrics", out, more))
 }
 
+// refused is how many creations of CiliumIdentities the API server has refused: several nodes wanted the same one.
+func (c *cluster) refused(ctx context.Context) (int, error) {
+	text, err := c.clientset.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for line := range strings.Lines(string(text)) {
+		if strings.HasPrefix(line, `apiserver_request_total{code="409"`) && strings.Contains(line, `resource="ciliumidentities"`) && strings.Contains(line, `verb="POST"`) {
+			count, err := strconv.Atoi(strings.TrimSpace(line[strings.LastIndexByte(line, ' '):]))
+			if err != nil {
+				return 0, err
+			}
+			n += count
+		}
+	}
+	return n, nil
+}
+
 // get asks the node's agent.
 func (n *node) get(ctx context.Context, path string) ([]byte, error) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -48,6 +48,7 @@ type report struct {
 	P99                time.Duration `json:"p99"`
 	Max                time.Duration `json:"max"`
 	Identities         int           `json:"identities"`
+	Refused            int           `json:"identitiesRefused"`
 	Duplicates         int           `json:"duplicates"`
 	Wrong              int           `json:"wrong"`
 	Memory             []memory      `json:"memory"`
@@ -202,6 +203,9 @@ func measure(ctx context.Context, o options) (*report, error) {
 	slices.Sort(latencies)
 	at := func(share float64) time.Duration { return latencies[int(share*float64(len(latencies)-1))] }
 	r.P50, r.P99, r.Max = at(.5), at(.99), at(1)
+	if r.Refused, err = c.refused(ctx); err != nil {
+		return nil, err
+	}
 	if r.Identities, r.Duplicates, r.Wrong, err = l.check(ctx); err != nil {
 		return nil, err
 	}
@@ -252,6 +256,7 @@ func (r *report) print() {
 	line("from object to every ipcache, p99", ms(r.P99), "< "+goalP99.String(), r.P99 < goalP99)
 	line("from object to every ipcache, slowest", ms(r.Max), "", true)
 	line("identities", fmt.Sprint(r.Identities), "", true)
+	line("identities refused, as another node was first", fmt.Sprint(r.Refused), "", true)
 	none("sets of labels with two identities", r.Duplicates)
 	none("rows with another identity than the pod's labels", r.Wrong)
 	for _, m := range r.Memory {
