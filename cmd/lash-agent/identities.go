@@ -17,6 +17,8 @@ import (
 const (
 	// Requests to the API server at a time: enough for a hundred a second even if each takes a third of one.
 	apiParallel = 32
+	// The same for numbers, of which most are not asked for but waited for, while it is other nodes' turn.
+	identityParallel = 128
 	// How soon an object that somebody else deleted is made again. Listing it is reading a table.
 	apiReread = 30 * time.Second
 )
@@ -29,9 +31,9 @@ func (a *agent) startIdentities(g *group) error {
 	}
 	stage := identity.Stage(a.tables, identity.Config{Cluster: a.cfg.ClusterName, Filter: filter})
 	loop := reconcile.New(reconcile.Config[model.Labels, identity.Need]{
-		Name: "identities", Target: identity.Allocator{Tables: a.tables, Store: a.api}, Desired: identity.Pending(a.tables),
+		Name: "identities", Target: &identity.Allocator{Tables: a.tables, Store: a.api, Node: a.name}, Desired: identity.Pending(a.tables),
 		Equal: reconcile.Comparable[identity.Need], Report: a.tables.Report, Log: a.log,
-		Throttle: rowThrottle, Parallel: apiParallel, Independent: true, Reread: apiReread,
+		Throttle: rowThrottle, Parallel: identityParallel, Independent: true, Reread: apiReread,
 	})
 	g.start("identity-stage", func(ctx context.Context) error { return stage.Run(ctx, a.tables.DB) })
 	g.start("identities", loop.Run)

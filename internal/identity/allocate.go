@@ -74,24 +74,32 @@ type Store interface {
 type Allocator struct {
 	Tables *state.Tables
 	Store  Store
+	Node   string // the name of this one
+
+	turns turns
 }
 
 // List implements reconcile.Target.
-func (a Allocator) List(context.Context) (map[model.Labels]Need, error) { return nil, nil }
+func (a *Allocator) List(context.Context) (map[model.Labels]Need, error) { return nil, nil }
 
 // Delete implements reconcile.Target.
-func (a Allocator) Delete(context.Context, model.Labels) error { return nil }
+func (a *Allocator) Delete(context.Context, model.Labels) error { return nil }
 
 // Put gives the labels a number, or saves the one they have.
-func (a Allocator) Put(ctx context.Context, labels model.Labels, need Need) error {
+func (a *Allocator) Put(ctx context.Context, labels model.Labels, need Need) error {
 	if need.Marked != model.IdentityUnknown {
 		return a.Store.UseIdentity(ctx, need.Marked)
+	}
+	if a.numbered(ctx, labels) {
+		return nil
 	}
 	try := func(id model.Identity) (ok bool, err error) {
 		if row, _, known := a.Tables.Identities.Get(a.Tables.DB.ReadTxn(), state.IdentityByID(id)); known {
 			return row.Labels == labels, nil
 		}
+		began := time.Now()
 		taken, err := a.Store.CreateIdentity(ctx, id, labels)
+		a.turns.took(time.Since(began))
 		if err == nil && taken {
 			var owner model.Labels
 			owner, err = a.owner(ctx, id)
@@ -122,7 +130,7 @@ const hearsay = 200 * time.Millisecond
 
 // owner is what a number means that was taken a moment ago. Nodes that start pods of one kind at the same time all want
 // the same number; that one got it the others hear anyway, so they ask only if it does not come.
-func (a Allocator) owner(ctx context.Context, id model.Identity) (model.Labels, error) {
+func (a *Allocator) owner(ctx context.Context, id model.Identity) (model.Labels, error) {
 	soon, cancel := context.WithTimeout(ctx, hearsay)
 	defer cancel()
 	for {

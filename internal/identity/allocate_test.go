@@ -138,8 +138,8 @@ func agent(t *testing.T, a *api, lag time.Duration) *state.Tables {
 	})
 	stage := Stage(tables, config(t, ""))
 	loop := reconcile.New(reconcile.Config[model.Labels, Need]{
-		Name: "identities", Target: Allocator{Tables: tables, Store: a}, Desired: Pending(tables), Equal: reconcile.Comparable[Need],
-		Log: slog.New(slog.DiscardHandler), Parallel: 8, RetryMin: time.Millisecond, RetryMax: 20 * time.Millisecond, Reread: 50 * time.Millisecond,
+		Name: "identities", Target: &Allocator{Tables: tables, Store: a, Node: fmt.Sprint("n", len(a.agents))}, Desired: Pending(tables), Equal: reconcile.Comparable[Need],
+		Log: slog.New(slog.DiscardHandler), Parallel: 600, Independent: true, RetryMin: time.Millisecond, RetryMax: 20 * time.Millisecond, Reread: 50 * time.Millisecond,
 	})
 	wg.Go(func() { stage.Run(ctx, tables.DB) })
 	wg.Go(func() { loop.Run(ctx) })
@@ -194,6 +194,7 @@ func TestRacingAgentsAllocateWithoutDuplicates(t *testing.T) {
 	const sets = 600 // of 65280 numbers: some have the same hash
 	a := &api{rows: map[model.Identity]state.Identity{}, fail: .2}
 	agents := []*state.Tables{agent(t, a, 0), agent(t, a, time.Millisecond), agent(t, a, 3*time.Millisecond)}
+	know(agents[0], "n1", "n2", "n3", "n4") // the others do not know yet that they are not alone
 	var wg sync.WaitGroup
 	for _, x := range agents {
 		wg.Go(func() {
@@ -325,7 +326,7 @@ func TestWhoComesTooLateHearsWhoHasTheNumber(t *testing.T) {
 					state.Insert(tables.DB, tables.Identities, a.rows[server.Number()])
 				}()
 			}
-			if err := (Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{}); err != nil {
+			if err := (&Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{}); err != nil {
 				t.Fatal(err)
 			}
 			if a.calls != 1 || len(a.rows) != 1 || (a.asked > 0) == heard {
@@ -343,7 +344,7 @@ func TestExhaustionIsAnErrorThatSaysWhatToDo(t *testing.T) {
 	}
 	w.Commit()
 	a := &api{rows: map[model.Identity]state.Identity{}}
-	err := Allocator{Tables: tables, Store: a}.Put(t.Context(), server, Need{})
+	err := (&Allocator{Tables: tables, Store: a}).Put(t.Context(), server, Need{})
 	if err == nil || a.calls != 0 {
 		t.Errorf("%v after %d calls", err, a.calls)
 	}

@@ -35,10 +35,15 @@ var (
 // IdentityByID finds an identity by its number.
 func IdentityByID(id model.Identity) statedb.Query[Identity] { return identityByID.Query(uint32(id)) }
 
+// IdentitiesByLabels finds the identities of the labels: one, or after a race several.
+func IdentitiesByLabels(l model.Labels) statedb.Query[Identity] {
+	return identityByLabels.Query(string(l))
+}
+
 // IdentityOf is the identity that the labels have. Of several, which only a race can have made, all nodes take the one
 // that was there first, and of those of the same second the smallest number.
 func (t *Tables) IdentityOf(txn statedb.ReadTxn, l model.Labels) (best Identity, ok bool) {
-	for r := range t.Identities.List(txn, identityByLabels.Query(string(l))) {
+	for r := range t.Identities.List(txn, IdentitiesByLabels(l)) {
 		if !ok || r.Created < best.Created || r.Created == best.Created && r.ID < best.ID {
 			best, ok = r, true
 		}
