@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -28,6 +29,18 @@ import (
 
 // memoryLimit is the default of GOMEMLIMIT: the collector works harder before the agent takes more. Bytes.
 const memoryLimit = 56 << 20
+
+// cpusMost bounds what frugal leaves the agent on big nodes.
+const cpusMost = 4
+
+// frugal makes half of the CPUs that the agent may use the default of GOMAXPROCS, once it has started. From then on its
+// work is many small pieces that follow each other, and spreading those over CPUs costs more, in threads that wake and
+// sleep, than the pieces themselves; what takes long is done by the kernel. The rest of the node is the pods'.
+func frugal() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(min(max(1, runtime.GOMAXPROCS(0)/2), cpusMost))
+	}
+}
 
 func main() {
 	if len(os.Args) == 2 && (os.Args[1] == "version" || os.Args[1] == "--version") {

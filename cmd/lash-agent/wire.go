@@ -244,6 +244,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	if err := a.announce(); err != nil {
 		return g.stop(err)
 	}
+	frugal()
 	a.task(g, a.markNode())
 	a.task(g, a.announceTunnel(ipcache))
 	a.startHealth(g)
