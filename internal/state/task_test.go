@@ -40,12 +40,19 @@ func TestTaskIsDoneOnChangeAndRetriedOnFailure(t *testing.T) {
 	Insert(tables.DB, tables.Pods, Pod{Namespace: "a", Name: "b"})
 	expect(2)
 	expect(3) // by itself, after the failure
+	for timeout := time.After(10 * time.Second); ; {
+		c, _, changed, ok := tables.Controllers.GetWatch(tables.DB.ReadTxn(), controllerByName.Query("t"))
+		if ok && c.Errors == 0 && c.LastError != 0 && c.LastSuccess != 0 && c.Message == "no error" {
+			break
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			t.Fatalf("controller is %+v", c)
+		}
+	}
 	cancel()
 	if err := <-stopped; err != nil {
 		t.Error(err)
-	}
-	c, _, ok := tables.Controllers.Get(tables.DB.ReadTxn(), controllerByName.Query("t"))
-	if !ok || c.Errors != 0 || c.LastError == 0 || c.LastSuccess == 0 || c.Message != "no error" {
-		t.Errorf("controller is %+v", c)
 	}
 }
