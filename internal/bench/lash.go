@@ -31,7 +31,6 @@ const strangers = 250
 type mode struct {
 	tunnel bool // VXLAN between nodes
 	legacy bool // host routing by the stack
-	events bool // somebody listens, at the aggregation that is usual
 	xdp    bool // XDP on the nodes' devices
 
 	services int // other services than the measured one; 0: a few
@@ -172,38 +171,49 @@ func (t *Topology) lashNode(m mode, node, peer *Node) (*lashNode, error) {
 			return nil, fmt.Errorf("XDP on eth0: %w", err)
 		}
 	}
-	if m.events {
-		if err := t.listen(n.datapath); err != nil {
-			return nil, err
-		}
-	}
 	return n, n.datapath.Raise("node set up")
 }
 
-// listen reads what a node tells, as its agent does for a monitor, and throws it away.
-func (t *Topology) listen(dp *datapath.Datapath) error {
+// listener makes what reads the events of a node, as its agent does for a monitor at the aggregation that is usual, and
+// throws them away. listen begins it and returns what ends it.
+func (t *Topology) listener(dp *datapath.Datapath) (listen func() (func(), error), err error) {
 	ring, err := dp.OpenEvents()
 	if err != nil {
-		return err
+		return nil, err
 	}
+	told := make(chan error, 1)
 	hub := events.New(ring, func(on bool) error {
 		if !on {
 			return dp.SetMonitoring(datapath.Monitoring{})
 		}
-		return dp.SetMonitoring(datapath.Monitoring{
+		err := dp.SetMonitoring(datapath.Monitoring{
 			Drops: true, Traces: true, Verdicts: true, Aggregation: bpf.AggregateMedium, Interval: 5 * time.Second, Flags: 0x07, // FIN, SYN, RST
 		})
+		told <- err
+		return err
 	}, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	ctx, stop := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
 	parts.Go(func() { _ = hub.Run(ctx) })
-	parts.Go(func() { _ = hub.Listen(ctx, func([]byte) error { return nil }) })
 	t.Defer(func() {
 		stop()
 		parts.Wait()
 		ring.Close()
 	})
-	return nil
+	return func() (func(), error) {
+		ctx, stop := context.WithCancel(ctx)
+		var listening sync.WaitGroup
+		listening.Go(func() { _ = hub.Listen(ctx, func([]byte) error { return nil }) })
+		end := func() {
+			stop()
+			listening.Wait()
+		}
+		if err := <-told; err != nil {
+			end()
+			return nil, err
+		}
+		return end, nil
+	}, nil
 }
 
 // putIPCache writes what the agent would: nodes, their pods' networks, the world.
@@ -329,6 +339,42 @@ func lashAcross(m mode) func(*Topology) (Pair, error) {
 		a, b := c.pods[0], c.pods[2]
 		return Pair{Client: a.Netns, Server: b.Netns, Server4: b.addr4, Server6: b.addr6}, nil
 	}
+}
+
+// lashEvents is the path of lashAcross itself, with listeners while it is measured: two clusters, and be they alike, are not
+// equally fast to one or two in a hundred.
+func lashEvents(t *Topology) (Pair, error) {
+	p, err := lashAcross(native)(t)
+	if err != nil {
+		return Pair{}, err
+	}
+	c := t.clusters[native]
+	var listen []func() (func(), error)
+	for _, n := range []*lashNode{c.n, c.m} {
+		l, err := t.listener(n.datapath)
+		if err != nil {
+			return Pair{}, err
+		}
+		listen = append(listen, l)
+	}
+	p.Around = func() (func(), error) {
+		var ends []func()
+		end := func() {
+			for _, f := range ends {
+				f()
+			}
+		}
+		for _, l := range listen {
+			f, err := l()
+			if err != nil {
+				end()
+				return nil, err
+			}
+			ends = append(ends, f)
+		}
+		return end, nil
+	}
+	return p, nil
 }
 
 func lashHost(t *Topology) (Pair, error) {

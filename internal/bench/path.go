@@ -74,7 +74,7 @@ func Paths() []Path {
 		{Name: "lash-packets-10k", Group: Many, Against: "lash-packets", Gated: true, Kinds: []string{RR, CRR}, Setup: lashPackets(mode{services: manyServices})},
 		{Name: "lash-nodeport", Group: NodePort, Against: Bare, Gated: true, Kinds: []string{RR, Flood}, Setup: lashNodePort(native)},
 		{Name: "lash-nodeport-xdp", Group: NodePort, Against: Bare, Kinds: []string{RR, Flood}, Setup: lashNodePort(mode{xdp: true})},
-		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashAcross(mode{events: true})},
+		{Name: "lash-events", Group: Events, Against: "lash-across", Gated: true, Setup: lashEvents},
 	}
 }
 

@@ -145,6 +145,13 @@ func pickCPUs() ([2]int, error) {
 
 // cell runs one measurement.
 func (b *bed) cell(w *wired, kind string, family int, warm, duration time.Duration) (client, server Result, err error) {
+	if w.pair.Around != nil {
+		end, err := w.pair.Around()
+		if err != nil {
+			return client, server, err
+		}
+		defer end()
+	}
 	addr := w.pair.Server4
 	if family == 6 {
 		addr = w.pair.Server6

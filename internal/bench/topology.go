@@ -36,6 +36,7 @@ type Pair struct {
 
 	Group    *os.File                                            // control group of both ends' processes; nil: that of the bench
 	Frontend func(server netip.AddrPort) (netip.AddrPort, error) // where the client asks for the server; nil: there
+	Around   func() (end func(), err error)                      // called before each measurement, and end after it; nil: nothing is
 }
 
 // NewTopology makes the switch: a bridge in a namespace of its own, which does nothing with a frame but hand it on. What
