@@ -33,7 +33,7 @@ func Main(ctx context.Context, args []string, file string, out, progress io.Writ
 		fs.PrintDefaults()
 	}
 	rounds := fs.Int("rounds", 16, "rounds; a result needs at least ten")
-	cell := fs.Duration("cell", 60*time.Millisecond, "measured time of one connection; there are two or three a figure")
+	cell := fs.Duration("cell", 60*time.Millisecond, "measured time of one connection; there are two to four a figure")
 	paths := fs.String("paths", "", "comma-separated paths, whose baselines come along; all for every one (default: those of Lash and its limits)")
 	kinds := fs.String("kinds", strings.Join(Kinds, ","), "comma-separated kinds of traffic")
 	families := fs.String("families", "4,6", "address families")
