@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 
 	api "github.com/lash-net/lash/api/agent"
@@ -19,7 +18,6 @@ import (
 // attached only while this node has such a pod: it is run for every TCP connection.
 func (a *agent) sockmap() *state.Task {
 	attached := false
-	var told map[uint64]bool // what the kernel knows; nil: that is not known
 	return &state.Task{
 		Name:   "sockmap",
 		Inputs: []state.Input{state.From(a.tables.Pods.ToTable()), state.From(a.tables.Endpoints.ToTable())},
@@ -42,10 +40,6 @@ func (a *agent) sockmap() *state.Task {
 				}
 				asked[cookie] = true
 			}
-			if told != nil && maps.Equal(told, asked) { // as after nearly every change of a pod
-				return errors.Join(errs...)
-			}
-			told = nil
 			errs = append(errs, a.dp.SetLocalNetns(asked))
 			switch {
 			case len(asked) == 0:
@@ -59,11 +53,7 @@ func (a *agent) sockmap() *state.Task {
 				attached = err == nil
 				errs = append(errs, err)
 			}
-			err := errors.Join(errs...)
-			if err == nil {
-				told = asked
-			}
-			return err
+			return errors.Join(errs...)
 		},
 	}
 }
