@@ -21,6 +21,7 @@ CONFIG(__u32, direct_ifindex, "device that routes to other nodes, used where the
 CONFIG(__u32, overlay_ifindex, "ifindex of the tunnel device; 0: there is none");
 CONFIG(__u32, tunnel_mtu, "bytes that a packet in the tunnel may have");
 CONFIG(__u32, tunnel_port, "UDP port of the tunnel");
+CONFIG(bool, tunnel_geneve, "true: the tunnel's protocol is Geneve; false: VXLAN");
 CONFIG(bool, host_routing, "true: BPF host routing; false: legacy, remote packets go through the host's stack");
 CONFIG(bool, masquerade4, "SNAT of pods' IPv4 traffic that leaves the cluster");
 CONFIG(bool, masquerade6, "SNAT of pods' IPv6 traffic that leaves the cluster");

@@ -302,17 +302,83 @@ static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u
 	return action == -1 ? DROP(p, DROP_WRITE) : action;
 }
 
-/* encapsulated: the packet is for the tunnel, whose device gets it from the stack. Most packets of a node with a tunnel
- * are, and need no further reading. */
+/* What the tunnel puts before a frame, over IPv4. The header of Geneve without options is as long as VXLAN's. */
+struct outer {
+	struct ethhdr eth;
+	struct iphdr ip;
+	__be16 sport, dport, len, check;
+	__be32 head;             /* of VXLAN the flags, of Geneve the kind of frame */
+	__be32 vni;              /* in the upper three bytes */
+} __attribute__((packed));
+
+#define VXLAN_HEAD  0x08000000 /* there is a VNI, and nothing else */
+#define GENEVE_HEAD 0x00006558 /* an Ethernet frame, no options */
+#define ECN_MASK 3             /* of the TOS: congestion was met, if all bits are set */
+
+/* encapsulated: the packet is for the tunnel. Most packets of a node with a tunnel are, and need no further reading. */
 static __always_inline bool encapsulated(const struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct iphdr *ip = data + ETH_HLEN;
-	__be16 *port = data + HEADERS4 + 2;
+	struct outer *o = data;
 
-	return cfg_overlay_ifindex && skb->protocol == bpf_htons(ETH_P_IP) && (void *)(port + 1) <= end && *(__u8 *)ip == 0x45 &&
-	       ip->protocol == IPPROTO_UDP && !(ip->frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)) &&
-	       ip->daddr == cfg_node4.w[3] && *port == bpf_htons((__u16)cfg_tunnel_port);
+	return cfg_overlay_ifindex && skb->protocol == bpf_htons(ETH_P_IP) && (void *)&o->len <= end && *(__u8 *)&o->ip == 0x45 &&
+	       o->ip.protocol == IPPROTO_UDP && !(o->ip.frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)) &&
+	       o->ip.daddr == cfg_node4.w[3] && o->dport == bpf_htons((__u16)cfg_tunnel_port);
+}
+
+/* decapsulate takes a packet out of the tunnel itself, if its connection's decision leads into a pod: its way up the stack to
+ * the tunnel's device, and from there once more into the stack's queue, costs more than all that Lash does with it. Whatever
+ * is not plain, or needs a decision, goes that way, untouched, and from_overlay meets it.
+ *
+ * What the device would see to is either seen to here (the sender is the connection's node) or is left to it: a checksum of
+ * the outer header, congestion met on the way, header bits that mean something. Of several packets in one (GRO) the kernel
+ * goes on to believe that they are in a tunnel. Of TCP that matters only where a pod sends them on to a device that cannot
+ * segment tunnels: they are segmented before it. Datagrams are split for the socket, so they are left to the device. */
+static __noinline int decapsulate(struct __sk_buff *skb)
+{
+	__u32 least = sizeof(struct outer) + HEADERS4 + sizeof(struct l4_head), most = least + HEADERS6 - HEADERS4;
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	const struct conn_dir *back;
+	struct followed f;
+	struct ethhdr *eth;
+	struct conn_key k;
+	struct outer *o;
+	struct pkt p;
+	bool v6;
+
+	if (unlikely(data + least > end)) {
+		/* The inner headers are in page fragments. */
+		bpf_skb_pull_data(skb, skb->len < most ? skb->len : most);
+		data = (void *)(long)skb->data;
+		end = (void *)(long)skb->data_end;
+	}
+	o = data;
+	eth = data + sizeof(*o);
+	if ((void *)(eth + 1) > end || skb->vlan_present || skb->pkt_type != PACKET_HOST || o->check || (o->ip.tos & ECN_MASK) == ECN_MASK ||
+	    o->head != bpf_htonl(cfg_tunnel_geneve ? GENEVE_HEAD : VXLAN_HEAD) || (o->vni & bpf_htonl(0xff)))
+		return VERDICT_OK;
+	v6 = eth->h_proto == bpf_htons(ETH_P_IPV6);
+	if (v6 ? !parse_plain(&p, eth, end, true) : eth->h_proto != bpf_htons(ETH_P_IP) || !parse_plain(&p, eth, end, false))
+		return VERDICT_OK;
+	if (p.proto == IPPROTO_UDP && skb->gso_size)
+		return VERDICT_OK; /* the pod's stack would split them as tunnel packets */
+	if (conn_follow(&p, &k, IN_OVERLAY, false, &f) != SLOW_NOT || f.d->action != ACTION_PEER || (f.c->flags & CONN_DSR))
+		return VERDICT_OK;
+	back = f.orig ? &f.c->reply : &f.c->orig;
+	if (back->action != ACTION_TUNNEL || !addr_is4(&back->node) || back->node.w[3] != o->ip.saddr || conn_due(f.rt, f.d, &p, f.now))
+		return VERDICT_OK;
+	if (v6)
+		flags |= ADJ_ROOM_DECAP_L3_IPV6; /* a kernel that does not know it refuses, and the device does it */
+	if (bpf_skb_adjust_room(skb, -(__s32)sizeof(*o), BPF_ADJ_ROOM_MAC, flags))
+		return VERDICT_OK;
+	/* What is left in front is the outer Ethernet header. */
+	data = (void *)(long)skb->data;
+	eth = data;
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return VERDICT_DROP;
+	eth->h_proto = skb->protocol;
+	return finish(skb, &p, HOOK_OVERLAY, conn_go(skb, &p, HOOK_OVERLAY, &k, &f), SLOW_NOT);
 }
 
 static __noinline int from_netdev_fast(struct __sk_buff *skb)
@@ -324,8 +390,6 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 
 	/* Of another network, whose device gets it next. The number 0 is no network but a priority. */
 	if (unlikely(skb->vlan_present) && (skb->vlan_tci & 0xfff))
-		return VERDICT_OK;
-	if (encapsulated(skb))
 		return VERDICT_OK;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		verdict = parse(skb, &p, false);
@@ -354,8 +418,11 @@ static __always_inline int from_netdev_decide(struct __sk_buff *skb, struct pkt 
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
-	int verdict = from_netdev_fast(skb);
+	int verdict;
 
+	if (encapsulated(skb))
+		return cfg_host_routing ? decapsulate(skb) : VERDICT_OK;
+	verdict = from_netdev_fast(skb);
 	return likely(verdict != NOT_FAST) ? verdict : slowly(skb, HOOK_NETDEV, TRACE_FROM_NETWORK, from_netdev_decide);
 }
 

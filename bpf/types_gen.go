@@ -758,6 +758,8 @@ type Constants struct {
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// true: the tunnel's protocol is Geneve; false: VXLAN.
+	TunnelGeneve bool `cfg:"cfg_tunnel_geneve"`
 	// bytes that a packet in the tunnel may have.
 	TunnelMTU uint32 `cfg:"cfg_tunnel_mtu"`
 	// UDP port of the tunnel.

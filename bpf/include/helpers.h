@@ -50,6 +50,9 @@ typedef __u32 __attribute__((may_alias)) word32;
 
 #define PACKET_HOST 0 /* skb->pkt_type: for this node's MAC address */
 
+/* Flags of bpf_skb_adjust_room that Debian 12's UAPI lacks. */
+#define ADJ_ROOM_DECAP_L3_IPV6 (1ULL << 8) /* what comes to light is IPv6 (6.3) */
+
 /* Values of TC and tcx verdicts; tcx took tc's numbers (Debian 12's UAPI lacks the former). */
 enum {
 	VERDICT_NEXT     = -1,

@@ -249,6 +249,19 @@ found:
 	return SLOW_NOT;
 }
 
+/* conn_go does what conn_follow has found for the packet. The verdict or a drop reason. */
+static __always_inline int conn_go(struct __sk_buff *skb, struct pkt *p, const enum hook hook, struct conn_key *k, const struct followed *f)
+{
+	int verdict;
+
+	conn_see(f->c, f->d, p, f->orig, skb->len, f->now);
+	verdict = carry_out(skb, p, hook, f->c, f->d, k, TRACE_NOT);
+	if (unlikely(verdict == -1))
+		return DROP(p, DROP_WRITE);
+	count(hook, SLOW_NOT, skb->len);
+	return verdict;
+}
+
 /* conn_fast follows the connection's decision for this packet, if one holds.
  * The verdict, or NOT_FAST with the reason in *why. */
 static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const enum hook hook,
@@ -256,7 +269,6 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 {
 	struct conn_key k;
 	struct followed f;
-	int verdict;
 
 	*why = conn_follow(p, &k, in, answers, &f);
 	if (unlikely(*why != SLOW_NOT))
@@ -273,12 +285,7 @@ static __always_inline int conn_fast(struct __sk_buff *skb, struct pkt *p, const
 		*why = SLOW_REPORT;
 		return NOT_FAST;
 	}
-	conn_see(f.c, f.d, p, f.orig, skb->len, f.now);
-	verdict = carry_out(skb, p, hook, f.c, f.d, &k, TRACE_NOT);
-	if (unlikely(verdict == -1))
-		return DROP(p, DROP_WRITE);
-	count(hook, SLOW_NOT, skb->len);
-	return verdict;
+	return conn_go(skb, p, hook, &k, &f);
 }
 
 /* finish ends a program's first half: the verdict, unless the packet is the second's or dropped, which it leaves in lash_scratch. */

@@ -344,30 +344,29 @@ static __noinline int parse_any(struct __sk_buff *skb, struct pkt *p)
 	return p->v6 ? parse_frame(skb, p, true) : parse_frame(skb, p, false);
 }
 
-/* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6 bytes are in the linear part. 0 or a drop
- * reason. What nearly all frames are it reads itself: TCP or UDP right behind an IP header without options, in one piece. */
-static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
+/* parse_plain fills *p from what nearly all frames are: TCP or UDP right behind an IP header without options, in one piece.
+ * False: it is something else. */
+static __always_inline bool parse_plain(struct pkt *p, void *frame, void *end, bool v6)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct l4_head *l4 = data + (v6 ? HEADERS6 : HEADERS4);
-	struct ipv6hdr *ip6 = data + ETH_HLEN;
-	struct iphdr *ip = data + ETH_HLEN;
+	struct l4_head *l4 = frame + (v6 ? HEADERS6 : HEADERS4);
+	struct ipv6hdr *ip6 = frame + ETH_HLEN;
+	struct iphdr *ip = frame + ETH_HLEN;
 	__u8 proto;
 
 	__builtin_memset(p, 0, sizeof(*p));
 	p->v6 = v6;
 	if (unlikely((void *)(l4 + 1) > end))
-		return parse_any(skb, p);
+		return false;
 	if (v6 ? ip6->version != 6 : *(__u8 *)ip != 0x45 || (ip->frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)))
-		return parse_any(skb, p);
+		return false;
 	proto = v6 ? ip6->nexthdr : ip->protocol;
 	if (likely(proto == IPPROTO_TCP)) {
 		if (unlikely(l4->doff < 0x50))
-			return parse_any(skb, p);
+			return false;
 		p->tcp = l4->flags;
 		p->tcp_len = (l4->doff >> 4) * 4;
 	} else if (proto != IPPROTO_UDP) {
-		return parse_any(skb, p);
+		return false;
 	}
 	if (v6) {
 		addr_from6(&p->src, &ip6->saddr);
@@ -385,7 +384,13 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
 	p->sport = l4->sport;
 	p->dport = l4->dport;
 	p->flags = PKT_PORTS;
-	return 0;
+	return true;
+}
+
+/* parse fills *p from an IPv4 or IPv6 frame. Afterwards HEADERS4 or HEADERS6 bytes are in the linear part. 0 or a drop reason. */
+static __always_inline int parse(struct __sk_buff *skb, struct pkt *p, bool v6)
+{
+	return likely(parse_plain(p, (void *)(long)skb->data, (void *)(long)skb->data_end, v6)) ? 0 : parse_any(skb, p);
 }
 
 #undef FILE_ID

@@ -284,6 +284,7 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		NoServices: !cfg.KubeProxyReplacement, DSR: cfg.KubeProxyReplacement && cfg.DSRProblem() == "",
 	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()
+	c.TunnelGeneve = cfg.TunnelProtocol == netdev.Geneve
 	if d := a.detection.Load(); d != nil {
 		if direct, ok := d.DirectRouting(); ok {
 			c.DirectIfindex, c.TunnelMTU = direct.Ifindex, direct.MTU-cfg.TunnelOverhead()

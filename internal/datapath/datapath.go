@@ -34,6 +34,7 @@ type Config struct {
 
 	OverlayIfindex int    // the tunnel device; 0: there is none
 	TunnelPort     uint16 // its UDP port
+	TunnelGeneve   bool   // its protocol; false: VXLAN
 	TunnelMTU      int    // bytes that a packet in it may have
 
 	DSR bool // nodes pass connections from outside on with an option, and backends' nodes answer themselves
@@ -201,6 +202,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		DirectIfindex:  uint32(d.cfg.DirectIfindex),
 		OverlayIfindex: uint32(d.cfg.OverlayIfindex),
 		TunnelPort:     uint32(d.cfg.TunnelPort),
+		TunnelGeneve:   d.cfg.TunnelGeneve,
 		HostRouting:    d.cfg.HostRouting,
 		Masquerade4:    d.cfg.Masquerade4,
 		Masquerade6:    d.cfg.Masquerade6,

@@ -262,7 +262,7 @@ func (nd *node) open(c *cluster, o options) error {
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax, NodeAddrs: []netip.Addr{nd.ip4, nd.ip6},
-		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelMTU: o.routeMTU(), DSR: o.dsr,
+		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelGeneve: o.tunnel == "geneve", TunnelMTU: o.routeMTU(), DSR: o.dsr,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},

@@ -66,6 +66,7 @@ func costPaths(f family) []costPath {
 		{name: "node's own, in", config: "known node", opened: netdev, first: segment(f.peer, f.node, 4240), timed: netdev},
 		{name: "node's own, out", config: "known node", opened: leaving, first: segment(f.node, f.peer, 4240), timed: leaving},
 		{name: "encapsulated", config: "known node", opened: netdev, first: packet{src: f.peer, dst: f.node, l4: "udp", sport: 4242, dport: 8472}, timed: netdev},
+		{name: "tunnel to pod", config: "known node", opened: fromA, first: across, timed: tunnelled, reply: true},
 		{name: "new pod to pod", first: pods, timed: fromA},
 		{name: "new pod to node", first: across, timed: fromA},
 		{name: "new node to pod", first: segment(f.far, f.a, 80), timed: netdev},

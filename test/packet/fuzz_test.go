@@ -131,6 +131,7 @@ func (p *programs) tryOnce(t *testing.T, in input) *outcome {
 		t.Fatalf("%v\nin %x", err, in.frame)
 	}
 	p.count(t, &out)
+	in, _ = takenOut(in, out)
 	if err := judge(in, out); err != nil {
 		t.Fatalf("%v\nin  %x\nout %x\n%+v", err, in.frame, out.frame, out)
 	}

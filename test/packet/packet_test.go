@@ -197,6 +197,7 @@ func (p *programs) step(t *testing.T, s step, last []byte) []byte {
 		t.Fatalf("%v\nin %x", err, in.frame)
 	}
 	p.count(t, &out)
+	in, _ = takenOut(in, out)
 	if err := judge(in, out); err != nil {
 		t.Errorf("%v\nin  %x\nout %x", err, in.frame, out.frame)
 	}
