@@ -67,8 +67,10 @@ type probeResult struct {
 
 // server is who answered a probe that asks.
 type server struct {
-	Answers     int64
-	First, Last time.Time
+	Answers               int64
+	First, Last           time.Time // answer
+	FirstAsked, LastAsked time.Time // of what it answered, when that was sent
+	BehindMS              float64   // the longest that an answer took, in its last second
 }
 
 // startProbe sends a message each interval until stop.

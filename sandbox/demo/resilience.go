@@ -73,7 +73,7 @@ func checkResilience(ctx context.Context, w *world, o Options) (passed, failed i
 		}
 		r.report(name, err)
 		if result.Overflowed > 0 {
-			o.Say("%d answers came while the probe was not given the CPU: they arrived, but were not read", result.Overflowed)
+			o.Say("%d messages or answers came while their reader was not given the CPU: they arrived, but were not read", result.Overflowed)
 		}
 	}
 	for _, n := range []string{"n1", "n2"} {

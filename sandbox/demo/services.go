@@ -27,12 +27,13 @@ const (
 	fullRate  = 2000 // requests a second during a rolling restart, of all paths that are loaded together
 	quietRate = 50   // of each path, beside everything that happens to the agents
 
-	graceful    = 12 * time.Second       // that its pods serve after they were told to end (services.yaml)
-	agentsGone  = 10 * time.Second       // at least
-	repinned    = time.Second            // after an agent is ready, until flows to backends that went meanwhile have others
-	flowGap     = 2 * time.Second        // that a connection may have
-	answerTakes = 100 * time.Millisecond // from one backend, while another's is awaited
-	underWay    = 2                      // datagrams that may be lost when a flow gets another backend
+	graceful      = 12 * time.Second       // that its pods serve after they were told to end (services.yaml)
+	agentsGone    = 10 * time.Second       // at least
+	repinned      = time.Second            // after an agent is ready, until flows to backends that went meanwhile have others
+	flowGap       = 2 * time.Second        // that a connection may have
+	probeInterval = 20 * time.Millisecond  // between the messages of a flow
+	answerTakes   = 100 * time.Millisecond // from one backend, while another's is awaited
+	underWay      = 2                      // datagrams that may be lost when a flow gets another backend
 )
 
 // serviceStory is one story: while clients of every kind use services, backends are restarted, and agents are killed,
@@ -388,12 +389,12 @@ func (s *serviceStory) startFlowsToServices(ctx context.Context) error {
 			return err
 		}
 		for _, f := range families {
-			tcp, err := p.start(lasting, p.name+", "+f+", TCP", "probe", "-for", "1h", "-interval", "20ms", "-who", "tcp", p.to(steady, f, "tcp").String())
+			tcp, err := p.start(lasting, p.name+", "+f+", TCP", "probe", "-for", "1h", "-interval", probeInterval.String(), "-who", "tcp", p.to(steady, f, "tcp").String())
 			if err != nil {
 				return err
 			}
 			s.flows = append(s.flows, serviceFlow{tcp, p, false})
-			udp, err := p.start(lasting, p.name+", "+f+", UDP", "probe", "-for", "1h", "-interval", "20ms", "-who", "-unconnected", "udp", p.to(moving, f, "udp").String())
+			udp, err := p.start(lasting, p.name+", "+f+", UDP", "probe", "-for", "1h", "-interval", probeInterval.String(), "-who", "-unconnected", "udp", p.to(moving, f, "udp").String())
 			if err != nil {
 				return err
 			}
@@ -616,11 +617,18 @@ func (s *serviceStory) endLoads(context.Context) error {
 // endFlows: connections have lost nothing, and datagrams have been answered by the new backend since shortly after the
 // agents' return.
 func (s *serviceStory) endFlows(ctx context.Context) error {
-	var errs []error
-	for _, f := range s.flows {
-		r, err := f.stop()
+	before, after := s.web["n2"].name, s.web["n3"].name
+	results, errs := make([]probeResult, len(s.flows)), make([]error, len(s.flows))
+	behind := time.Duration(0) // the backend that went, when it went
+	for i, f := range s.flows {
+		results[i], errs[i] = f.stop()
+		behind = max(behind, time.Duration(results[i].Servers[before].BehindMS*float64(time.Millisecond)))
+	}
+	s.o.Say("datagrams to another backend: the one before was %s behind with its answers, and lost with them is what it had not read", behind.Round(time.Millisecond))
+	for i, f := range s.flows {
+		r, err := results[i], errs[i]
 		lost := r.Lost
-		if f.datagrams && lost-underWayWith(r, s.web["n3"].name) <= underWay {
+		if f.datagrams && lost <= underWay+max(underWayWith(r, after), int64(behind/probeInterval)) {
 			r.Lost = 0
 		}
 		if err == nil {
@@ -630,19 +638,19 @@ func (s *serviceStory) endFlows(ctx context.Context) error {
 			err = fmt.Errorf("silent for %s until %s (%s)", gap, r.MaxGapAt.Format("15:04:05.000"), s.diary.at(r.MaxGapAt))
 		}
 		if err == nil && f.datagrams {
-			err = repinnedInTime(r, s.web["n2"].name, s.web["n3"].name, s.back[f.path.node])
+			err = repinnedInTime(r, before, after, s.back[f.path.node])
 		}
 		if err == nil && !f.datagrams && len(r.Servers) != 1 {
 			err = fmt.Errorf("one connection was answered by %v", r.Servers)
 		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", f.name, err))
+		if errs[i] = nil; err != nil {
+			errs[i] = fmt.Errorf("%s: %w", f.name, err)
 			if f.datagrams {
 				s.o.Say("%s: answered by %+v, %d times by a backend that was forgotten meanwhile, from %v on; the agent of %s was ready at %s and said:\n%s", f.name, r.Servers, r.Strays, r.FirstStray, f.path.node, s.back[f.path.node].Format("15:04:05.000"), s.forgot(ctx, f.path.node))
 			}
 			continue
 		}
-		s.o.Say("%s: %d messages, %d lost (%d answered by a backend that was forgotten meanwhile), longest gap %.0f ms", f.name, r.Sent, lost, r.Strays, r.MaxGapMS)
+		s.o.Say("%s: %d messages, %d lost (%d answered by a backend that was forgotten meanwhile), %d not read in time, longest gap %.0f ms", f.name, r.Sent, lost, r.Strays, r.Overflowed, r.MaxGapMS)
 	}
 	s.flows = nil
 	return errors.Join(errs...)
@@ -664,17 +672,18 @@ func underWayWith(r probeResult, after string) int64 {
 	return min(r.Strays, r.Lost)
 }
 
-// repinnedInTime: the backend that was removed answers nothing more shortly after an agent knows, and the other one does.
+// repinnedInTime: the backend that was removed is asked nothing more shortly after an agent knows, and the other one is, from
+// then on. What counts is when a message was sent: its answer waits for its server.
 func repinnedInTime(r probeResult, before, after string, known time.Time) error {
-	late := r.Servers[before].Last.Sub(known)
 	b, a := r.Servers[before], r.Servers[after]
+	late := b.LastAsked.Sub(known)
 	switch {
 	case b.Answers == 0 || a.Answers == 0 || len(r.Servers) != 2:
 		return fmt.Errorf("answered by %v, want %s and then %s", r.Servers, before, after)
 	case late > repinned:
-		return fmt.Errorf("%s still answers %s after the agent was ready, %s is the limit", before, late, repinned)
-	case a.First.Before(b.Last):
-		return fmt.Errorf("%s answered at %s and %s still at %s", after, a.First, before, b.Last)
+		return fmt.Errorf("%s is still asked %s after the agent was ready, %s is the limit", before, late, repinned)
+	case a.FirstAsked.Before(b.LastAsked):
+		return fmt.Errorf("%s was asked at %s and %s once more at %s", after, a.FirstAsked, before, b.LastAsked)
 	}
 	return nil
 }

@@ -55,14 +55,18 @@ func TestVerdictOnRepinnedDatagrams(t *testing.T) {
 	ready := time.Now()
 	at := func(d time.Duration) time.Time { return ready.Add(d) }
 	both := func(last, first time.Duration) map[string]server {
-		return map[string]server{"old": {10, at(-time.Minute), at(last)}, "new": {10, at(first), at(time.Minute)}}
+		asked := func(first, last time.Duration) server {
+			return server{Answers: 10, First: at(first + time.Second), Last: at(last + time.Second), FirstAsked: at(first), LastAsked: at(last)} // its server is slow
+		}
+		return map[string]server{"old": asked(-time.Minute, last), "new": asked(first, time.Minute)}
 	}
+	some := server{Answers: 10, First: at(0), Last: at(0), FirstAsked: at(0), LastAsked: at(0)}
 	for want, servers := range map[string]map[string]server{
 		"":                      both(100*time.Millisecond, 120*time.Millisecond),
-		"old still answers":     both(1100*time.Millisecond, 1120*time.Millisecond),
-		"new answered at":       both(500*time.Millisecond, 100*time.Millisecond),
-		"want old and then new": {"old": {10, at(-time.Minute), at(0)}},
-		"third":                 {"old": {10, at(-time.Minute), at(0)}, "new": {10, at(0), at(0)}, "third": {1, at(0), at(0)}},
+		"old is still asked":    both(1100*time.Millisecond, 1120*time.Millisecond),
+		"new was asked at":      both(500*time.Millisecond, 100*time.Millisecond),
+		"want old and then new": {"old": some},
+		"third":                 {"old": some, "new": some, "third": some},
 	} {
 		if err := repinnedInTime(probeResult{Servers: servers}, "old", "new", ready); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("got %v, want %q", err, want)

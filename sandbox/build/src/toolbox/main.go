@@ -10,8 +10,9 @@
 //
 // NETWORK is udp, udp4, udp6, tcp, tcp4 or tcp6; of a probe also icmp4 or icmp6, ADDR being without a port. HTTP: /hostname, /clientip (ADDR:PORT as seen),
 // /echo?msg=, /bytes?n= (n bytes), /healthz. UDP and TCP: the messages
-// "hostname" and "clientip" are answered with just that, "who N" with N and the name, over TCP "resent" with how many segments the server sent
-// again and how many of them needlessly, everything else is echoed.
+// "hostname" and "clientip" are answered with just that, "who N" with N and the name, over UDP also with how many datagrams had come before
+// this one that its socket had no room for; over TCP "resent" with how many segments the server sent again and how many of them
+// needlessly; everything else is echoed.
 package main
 
 import (
@@ -27,6 +28,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,7 +92,7 @@ func serve(ctx context.Context, args []string) error {
 		// one socket a family: an answer from a wildcard dual-stack socket is fine too, but
 		// separate ones keep IPv4 addresses unmapped in what is printed
 		for _, network := range []string{"udp4", "udp6"} {
-			c, err := net.ListenPacket(network, *udpAddr)
+			c, err := listenUDP(network, *udpAddr)
 			if err != nil {
 				if network == "udp6" {
 					continue // a kernel or pod without IPv6
@@ -180,18 +182,90 @@ func answer(msg, host string, from net.Addr) string {
 	return msg
 }
 
-func udpEcho(c net.PacketConn, host string) error {
-	buf := make([]byte, 65536)
+// soRxqOvfl makes the kernel say with each datagram how many the socket has dropped before (SO_RXQ_OVFL).
+const soRxqOvfl = 40
+
+// listenUDP opens a socket that counts what it has no room for, and has as much room as it may.
+func listenUDP(network, addr string) (*net.UDPConn, error) {
+	at, err := net.ResolveUDPAddr(network, addr)
+	if err != nil {
+		return nil, err
+	}
+	c, err := net.ListenUDP(network, at)
+	if err != nil {
+		return nil, err
+	}
+	_ = c.SetReadBuffer(1 << 20)
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = errors.Join(raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, soRxqOvfl, 1) }), err)
+	}
+	return c, err
+}
+
+func udpEcho(c *net.UDPConn, host string) error {
+	buf, control := make([]byte, 65536), make([]byte, 64)
 	for {
-		n, from, err := c.ReadFrom(buf)
+		n, oob, _, from, err := c.ReadMsgUDP(buf, control)
 		if err != nil {
 			if errors.Is(err, syscall.ECONNREFUSED) {
 				continue
 			}
 			return err
 		}
-		_, _ = c.WriteTo([]byte(answer(string(buf[:n]), host, from)), from)
+		msg := string(buf[:n])
+		out := answer(msg, host, from)
+		if dropped := droppedBefore(control[:oob]); dropped > 0 && strings.HasPrefix(msg, "who ") {
+			out = fmt.Sprintf("%s %d\n", strings.TrimSpace(out), dropped)
+		}
+		_, _ = c.WriteToUDP([]byte(out), from)
 	}
+}
+
+// droppedBefore is what the kernel says with a datagram: how many the socket had no room for by then. A damaged datagram
+// counts for it too, so where there have been any, nothing is said.
+func droppedBefore(control []byte) uint32 {
+	messages, err := syscall.ParseSocketControlMessage(control)
+	if err != nil {
+		return 0
+	}
+	for _, m := range messages {
+		if m.Header.Level == syscall.SOL_SOCKET && m.Header.Type == soRxqOvfl && len(m.Data) >= 4 && !damaged() {
+			return binary.NativeEndian.Uint32(m.Data)
+		}
+	}
+	return 0
+}
+
+// damaged: datagrams with a wrong checksum have come to this network namespace, or it does not say.
+func damaged() bool {
+	v4, err4 := os.ReadFile("/proc/self/net/snmp")
+	v6, err6 := os.ReadFile("/proc/self/net/snmp6")
+	return err4 != nil || err6 != nil || countedDamage(string(v4), string(v6))
+}
+
+// countedDamage reads the kernel's tables: of IPv4 a line of names and one of values, of IPv6 a name and its value in each.
+func countedDamage(v4, v6 string) bool {
+	var names []string
+	for line := range strings.Lines(v4) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 || fields[0] != "Udp:" {
+			continue
+		}
+		if names == nil {
+			names = fields
+			continue
+		}
+		if i := slices.Index(names, "InCsumErrors"); i < 0 || i >= len(fields) || fields[i] != "0" {
+			return true
+		}
+	}
+	for line := range strings.Lines(v6) {
+		if fields := strings.Fields(line); len(fields) == 2 && fields[0] == "Udp6InCsumErrors" && fields[1] != "0" {
+			return true
+		}
+	}
+	return false
 }
 
 func tcpEcho(l net.Listener, host string) error {
@@ -279,7 +353,8 @@ type Result struct {
 	Sent     int64 `json:"sent"`
 	Received int64 `json:"received"`
 	Lost     int64 `json:"lost"`
-	// Overflowed answers arrived, but the probe was not given the CPU in time to read them; they are not in Lost.
+	// Overflowed messages or answers arrived, but server or probe was not given the CPU in time to read them; they are not
+	// in Lost.
 	Overflowed int64 `json:"overflowed,omitempty"`
 	// Strays are answers to an unconnected socket from another address than it asked: of a backend that answered when its
 	// connection had been forgotten.
@@ -301,8 +376,10 @@ type Result struct {
 
 // Server is one that answered a probe.
 type Server struct {
-	Answers     int64     `json:"answers"`
-	First, Last time.Time // answer
+	Answers               int64     `json:"answers"`
+	First, Last           time.Time // answer
+	FirstAsked, LastAsked time.Time // of what it answered, when that was sent
+	BehindMS              float64   // the longest that an answer took, of what was sent within a second of the last
 }
 
 // probe sends a numbered message every interval over one socket, and counts the answers. With tcp
@@ -430,11 +507,19 @@ func checksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
+// entry is a message of a probe and its answer.
+type entry struct {
+	sent, answered time.Time
+	by             string // who answered, where answers name that
+	dropped        int64  // datagrams that the server's socket had had no room for when the message came
+}
+
+func (e entry) lost() bool { return e.answered.IsZero() }
+
 // ledger is what was sent when and what of it was answered.
 type ledger struct {
 	mu       sync.Mutex
-	sent     []time.Time
-	answered []bool
+	entries  []entry // by the messages' numbers
 	received int64
 	last     time.Time // answer
 	gap      time.Duration
@@ -442,8 +527,7 @@ type ledger struct {
 	asked    chan struct{} // closed when the other side has said what it sent again
 
 	resent, needless int64 // by the other side
-	servers          map[string]Server
-	who              bool // answers name who sent them
+	who              bool  // answers name who sent them
 }
 
 // message is what a probe sends besides the number.
@@ -466,8 +550,8 @@ func (m message) text(number int) string {
 func (l *ledger) send() (number int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.sent, l.answered = append(l.sent, time.Now()), append(l.answered, false)
-	return len(l.sent) - 1
+	l.entries = append(l.entries, entry{sent: time.Now()})
+	return len(l.entries) - 1
 }
 
 func (l *ledger) answer(text string) error {
@@ -480,7 +564,7 @@ func (l *ledger) answer(text string) error {
 		return err
 	}
 	n, err := strconv.Atoi(head)
-	if err != nil || n < 0 || n >= len(l.sent) {
+	if err != nil || n < 0 || n >= len(l.entries) {
 		return fmt.Errorf("answer %q", text)
 	}
 	now := time.Now()
@@ -488,17 +572,20 @@ func (l *ledger) answer(text string) error {
 		l.gap, l.gapEnd = gap, now
 	}
 	l.last = now
-	if !l.answered[n] {
-		l.answered[n] = true
-		l.received++
+	e := &l.entries[n]
+	if !e.lost() {
+		return nil // once more
 	}
-	if l.who {
-		s := l.servers[rest]
-		if s.Answers++; s.First.IsZero() {
-			s.First = now
+	e.answered = now
+	l.received++
+	if !l.who {
+		return nil
+	}
+	name, dropped, _ := strings.Cut(rest, " ")
+	if e.by = name; dropped != "" {
+		if e.dropped, err = strconv.ParseInt(dropped, 10, 64); err != nil {
+			return fmt.Errorf("answer %q", text)
 		}
-		s.Last = now
-		l.servers[rest] = s
 	}
 	return nil
 }
@@ -506,31 +593,78 @@ func (l *ledger) answer(text string) error {
 func (l *ledger) complete() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.received == int64(len(l.sent))
+	return l.received == int64(len(l.entries))
 }
 
 func (l *ledger) result() Result {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	r := Result{Sent: int64(len(l.sent)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd, Servers: l.servers}
-	r.Lost = r.Sent - r.Received
-	for i, ok := range l.answered {
-		if ok {
+	r := Result{Sent: int64(len(l.entries)), Received: l.received, MaxGapMS: float64(l.gap.Microseconds()) / 1000, MaxGapAt: l.gapEnd, Servers: l.servers()}
+	for i := 0; i < len(l.entries); i++ {
+		if !l.entries[i].lost() {
 			continue
 		}
-		if r.FirstLost == nil {
-			r.FirstLost = &l.sent[i]
+		end := i
+		for end < len(l.entries) && l.entries[end].lost() {
+			end++
 		}
-		if i == 0 || l.answered[i-1] {
+		overflowed := l.overflowed(i, end)
+		r.Overflowed += overflowed
+		if lost := int64(end-i) - overflowed; lost > 0 {
+			r.Lost += lost
 			r.LostRuns++
+			if r.FirstLost == nil {
+				r.FirstLost = &l.entries[i].sent
+			}
+			r.LastLost = &l.entries[end-1].sent
 		}
-		r.LastLost = &l.sent[i]
+		i = end
 	}
 	return r
 }
 
+// servers are those that answered.
+func (l *ledger) servers() map[string]Server {
+	servers := map[string]Server{}
+	for _, e := range l.entries {
+		if e.by == "" {
+			continue
+		}
+		s, known := servers[e.by]
+		if !known {
+			s.First, s.FirstAsked = e.answered, e.sent
+		}
+		s.Answers++
+		s.LastAsked = e.sent
+		if e.answered.Before(s.First) {
+			s.First = e.answered
+		}
+		if e.answered.After(s.Last) {
+			s.Last = e.answered
+		}
+		servers[e.by] = s
+	}
+	for _, e := range l.entries {
+		s := servers[e.by]
+		if took := float64(e.answered.Sub(e.sent).Microseconds()) / 1000; e.by != "" && s.LastAsked.Sub(e.sent) < time.Second && took > s.BehindMS {
+			s.BehindMS = took
+			servers[e.by] = s
+		}
+	}
+	return servers
+}
+
+// overflowed is how many of the messages from..end, none of which was answered, may have been without room in the server's
+// socket: as many as it counted between the answers before and after them, if those are the same server's.
+func (l *ledger) overflowed(from, end int) int64 {
+	if from == 0 || end == len(l.entries) || l.entries[from-1].by != l.entries[end].by {
+		return 0
+	}
+	return max(0, min(int64(end-from), l.entries[end].dropped-l.entries[from-1].dropped))
+}
+
 func run(ctx context.Context, c net.Conn, m message, interval, total time.Duration) Result {
-	l := &ledger{last: time.Now(), asked: make(chan struct{}), who: m.who, servers: map[string]Server{}}
+	l := &ledger{last: time.Now(), asked: make(chan struct{}), who: m.who}
 	readErr := make(chan error, 1)
 	go func() {
 		s := bufio.NewScanner(c)
@@ -582,8 +716,10 @@ sending:
 	if f, ok := c.(*floating); ok {
 		r.Strays, r.FirstStray = f.strays.Load(), f.first.Load()
 	}
-	r.Resent, r.Needless, r.Overflowed, r.Error = resent+l.resent, needless+l.needless, min(overflowed, r.Lost), problem
-	if r.Lost -= r.Overflowed; r.Lost == 0 {
+	r.Resent, r.Needless, r.Error = resent+l.resent, needless+l.needless, problem
+	here := min(overflowed, r.Lost)
+	r.Overflowed += here
+	if r.Lost -= here; r.Lost == 0 {
 		r.FirstLost, r.LastLost, r.LostRuns = nil, nil, 0
 	}
 	return r
@@ -601,8 +737,11 @@ func resent(c net.Conn) (total, needless int64) {
 	return int64(binary.NativeEndian.Uint32(info[100:])), int64(binary.NativeEndian.Uint32(info[216:]))
 }
 
-// overflowed is the count of datagrams that did not fit into the socket's buffer.
+// overflowed is the count of datagrams that did not fit into the socket's buffer. 0 where damaged ones may be among them.
 func overflowed(c net.Conn) int64 {
+	if damaged() {
+		return 0
+	}
 	if p, ok := c.(*pinger); ok {
 		c = p.Conn
 	}

@@ -63,6 +63,93 @@ func TestProbeCountsWhatIsLost(t *testing.T) {
 	}
 }
 
+// What the server's socket had no room for, because the server was not given the CPU, has arrived.
+func TestProbeKnowsWhatTheServerHadNoRoomFor(t *testing.T) {
+	if damaged() {
+		t.Skip("datagrams with a wrong checksum have come to this network namespace: overflows cannot be told from them")
+	}
+	c, err := listenUDP("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.SetReadBuffer(1); err != nil { // the kernel's least
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("udp4", c.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	go func() {
+		time.Sleep(100 * time.Millisecond)
+		_ = udpEcho(c, "me")
+	}()
+	r := run(context.Background(), conn, message{who: true}, time.Millisecond, 200*time.Millisecond)
+	if r.Lost != 0 || r.Overflowed < 10 || r.Received+r.Overflowed != r.Sent || r.FirstLost != nil || r.Servers["me"].Answers != r.Received {
+		t.Errorf("got %+v", r)
+	}
+}
+
+func TestOverflowExplainsNoMoreThanItsCount(t *testing.T) {
+	answer := func(by string, dropped int64) entry { return entry{answered: time.Now(), by: by, dropped: dropped} }
+	me, none := func(dropped int64) entry { return answer("me", dropped) }, entry{}
+	for name, c := range map[string]struct {
+		entries          []entry
+		lost, overflowed int64
+	}{
+		"nothing lost":               {[]entry{me(0), me(0)}, 0, 0},
+		"all":                        {[]entry{me(3), none, none, me(5)}, 0, 2},
+		"one of two":                 {[]entry{me(3), none, none, me(4)}, 1, 1},
+		"others' too":                {[]entry{me(3), none, me(9)}, 0, 1},
+		"none":                       {[]entry{me(3), none, me(3)}, 1, 0},
+		"another server":             {[]entry{me(0), none, answer("you", 7)}, 1, 0},
+		"before the first answer":    {[]entry{none, me(7)}, 1, 0},
+		"after the last answer":      {[]entry{me(7), none}, 1, 0},
+		"a run of each kind":         {[]entry{me(0), none, me(1), none, me(1)}, 1, 1},
+		"the count began once again": {[]entry{me(9), none, me(1)}, 1, 0},
+	} {
+		l := &ledger{entries: c.entries}
+		if r := l.result(); r.Lost != c.lost || r.Overflowed != c.overflowed || (r.FirstLost != nil) != (c.lost > 0) {
+			t.Errorf("%s: got %+v", name, r)
+		}
+	}
+}
+
+func TestServersAreToldByWhatWasAsked(t *testing.T) {
+	start := time.Now()
+	at := func(ms int) time.Time { return start.Add(time.Duration(ms) * time.Millisecond) }
+	l := &ledger{entries: []entry{
+		{sent: at(0), answered: at(900), by: "old"},
+		{sent: at(2000), answered: at(2001), by: "old"},
+		{sent: at(2020), answered: at(2150), by: "old"},
+		{sent: at(2040)},
+		{sent: at(2060), answered: at(2070), by: "new"},
+	}}
+	got := l.servers()
+	for name, want := range map[string]Server{"old": {3, at(900), at(2150), at(0), at(2020), 130}, "new": {1, at(2070), at(2070), at(2060), at(2060), 10}} {
+		if got[name] != want {
+			t.Errorf("%s: got %+v, want %+v", name, got[name], want)
+		}
+	}
+}
+
+func TestDamageIsRead(t *testing.T) {
+	v4 := func(n string) string {
+		return "Ip: Forwarding\nIp: 1\nUdp: InDatagrams InCsumErrors\nUdp: 5 " + n + "\nUdpLite: InCsumErrors\nUdpLite: 7\n"
+	}
+	for want, tables := range map[bool][][2]string{
+		false: {{v4("0"), "Udp6InDatagrams 4\nUdp6InCsumErrors 0\n"}, {v4("0"), ""}},
+		true:  {{v4("2"), ""}, {v4("0"), "Udp6InCsumErrors     1\n"}, {"Udp: InDatagrams\nUdp: 5\n", ""}},
+	} {
+		for _, c := range tables {
+			if countedDamage(c[0], c[1]) != want {
+				t.Errorf("%q: want %v", c, want)
+			}
+		}
+	}
+}
+
 func TestProbeOverTCPLosesNothing(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
