@@ -86,13 +86,15 @@ func (p *gcPass) run(ctx context.Context) (again time.Duration, err error) {
 	return p.interval(), errors.Join(errs...)
 }
 
-// interval is often enough for what the durations promise, and at most once a minute: every pass lists a lot.
+// interval is as often as the durations ask for, no more: every pass lists a lot. A mark and the end of the time of grace
+// are seen at most half of it late.
 func (p *gcPass) interval() time.Duration {
-	d := time.Minute
-	for _, x := range []time.Duration{p.unused, p.grace, p.endpoints} {
-		if x > 0 {
-			d = min(d, x/2)
-		}
+	d := time.Hour // nothing is collected
+	if p.endpoints > 0 {
+		d = p.endpoints
+	}
+	if p.unused > 0 {
+		d = min(d, p.unused/2, p.grace/2)
 	}
 	return max(d, 500*time.Millisecond)
 }

@@ -267,12 +267,15 @@ func TestCollectionWithAFailingAPIServer(t *testing.T) {
 }
 
 func TestPassesAreAsFrequentAsPromised(t *testing.T) {
-	_, p, _ := newGC()
-	if got := p.interval(); got != time.Minute {
-		t.Errorf("got %s", got)
-	}
-	p.grace = 10 * time.Second
-	if got := p.interval(); got != 5*time.Second {
-		t.Errorf("got %s", got)
+	for want, c := range map[time.Duration][3]time.Duration{ // unused, grace, endpoints
+		5 * time.Minute:  {30 * time.Minute, 15 * time.Minute, 5 * time.Minute},
+		7 * time.Minute:  {30 * time.Minute, 14 * time.Minute, 0},
+		5 * time.Second:  {30 * time.Minute, 10 * time.Second, 5 * time.Minute},
+		20 * time.Minute: {0, 10 * time.Second, 20 * time.Minute},
+		time.Hour:        {0, 10 * time.Second, 0},
+	} {
+		if got := (&gcPass{unused: c[0], grace: c[1], endpoints: c[2]}).interval(); got != want {
+			t.Errorf("%v: got %s, want %s", c, got, want)
+		}
 	}
 }
