@@ -32,6 +32,7 @@ type Stage struct {
 
 	// Below: used by the goroutine of Run only.
 	node      self
+	nodeAt    [3]statedb.Revision            // of the tables that node was read from
 	serviceOf map[string]string              // by slice, of its last object
 	claims    map[string][]*claim            // by owner
 	claimants map[model.FrontendKey][]*claim // of each frontend
@@ -99,8 +100,14 @@ func (s *Stage) read(txn statedb.ReadTxn) {
 	s.readNode(txn)
 }
 
-// readNode notes who is affected by what changed of the node and of its likes.
+// readNode notes who is affected by what changed of the node and of its likes. Nothing does while pods come and go, in
+// clusters of any number of nodes.
 func (s *Stage) readNode(txn statedb.ReadTxn) {
+	at := [...]statedb.Revision{s.t.Local.Revision(txn), s.t.Devices.Revision(txn), s.t.Nodes.Revision(txn)}
+	if at == s.nodeAt {
+		return
+	}
+	s.nodeAt = at
 	node := self{addrs: map[netip.Addr]bool{}, nodes: map[netip.Addr]bool{}}
 	for n := range s.t.Local.All(txn) {
 		node.zone = n.Zone
