@@ -76,6 +76,7 @@ type memory struct {
 }
 
 func main() {
+	runtime.GOMAXPROCS(1) // the others need the CPUs
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := run(ctx, os.Args[1:])
