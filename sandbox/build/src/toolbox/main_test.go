@@ -181,7 +181,7 @@ func TestProbeTellsWhoAnswers(t *testing.T) {
 			if err != nil {
 				return
 			}
-			_, _ = c.WriteTo([]byte(answer(string(buf[:n]), []string{"first", "second"}[min(i/10, 1)], from)), from)
+			_, _ = c.WriteTo([]byte(answer(string(buf[:n]), []string{"first", "second"}[min(i, 1)], from)), from)
 		}
 	}()
 	for _, dial := range []func(context.Context, string, string) (net.Conn, error){dial, unconnectedTo} {
