@@ -100,8 +100,8 @@ func (s *Stage) read(txn statedb.ReadTxn) {
 	s.readNode(txn)
 }
 
-// readNode notes who is affected by what changed of the node and of its likes. Nothing does while pods come and go, in
-// clusters of any number of nodes.
+// readNode notes who is affected by what changed of the node and of its likes. It reads them only if they have: pods come
+// and go far more often, and nodes may be thousands.
 func (s *Stage) readNode(txn statedb.ReadTxn) {
 	at := [...]statedb.Revision{s.t.Local.Revision(txn), s.t.Devices.Revision(txn), s.t.Nodes.Revision(txn)}
 	if at == s.nodeAt {
