@@ -622,13 +622,15 @@ func (s *serviceStory) endFlows(ctx context.Context) error {
 	behind := time.Duration(0) // the backend that went, when it went
 	for i, f := range s.flows {
 		results[i], errs[i] = f.stop()
-		behind = max(behind, time.Duration(results[i].Servers[before].BehindMS*float64(time.Millisecond)))
+		if f.datagrams { // connections go on with it
+			behind = max(behind, time.Duration(results[i].Servers[before].BehindMS*float64(time.Millisecond)))
+		}
 	}
 	s.o.Say("datagrams to another backend: the one before was %s behind with its answers, and lost with them is what it had not read", behind.Round(time.Millisecond))
 	for i, f := range s.flows {
 		r, err := results[i], errs[i]
 		lost := r.Lost
-		if f.datagrams && lost <= underWay+max(underWayWith(r, after), int64(behind/probeInterval)) {
+		if f.datagrams && lost-max(underWayWith(r, after), unreadBy(r, after, behind)) <= underWay {
 			r.Lost = 0
 		}
 		if err == nil {
@@ -670,6 +672,16 @@ func underWayWith(r probeResult, after string) int64 {
 		return 0
 	}
 	return min(r.Strays, r.Lost)
+}
+
+// unreadBy is how many of the lost datagrams the backend of before may not have read when the flow got another one, as it was
+// that far behind: all, if they are of the time right before. Its answers came to a node that had forgotten it.
+func unreadBy(r probeResult, after string, behind time.Duration) int64 {
+	moved := r.Servers[after].FirstAsked
+	if behind == 0 || r.FirstLost == nil || r.FirstLost.Before(moved.Add(-behind-underWay*probeInterval)) || r.LastLost.After(moved) {
+		return 0
+	}
+	return r.Lost
 }
 
 // repinnedInTime: the backend that was removed is asked nothing more shortly after an agent knows, and the other one is, from

@@ -89,6 +89,32 @@ func TestDatagramsUnderWay(t *testing.T) {
 	}
 }
 
+// A backend that is behind excuses what was lost right before the flow got another, no outage at any other time.
+func TestDatagramsThatABackendHadNotRead(t *testing.T) {
+	moved := time.Now()
+	for _, c := range []struct {
+		what        string
+		first, last time.Duration // before the other backend
+		behind      time.Duration
+		want        int64
+	}{
+		{"right before", 500 * time.Millisecond, 20 * time.Millisecond, 480 * time.Millisecond, 13},
+		{"longer than it was behind", 500 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond, 0},
+		{"at an agent's start, long before", 20 * time.Second, 19 * time.Second, 700 * time.Millisecond, 0},
+		{"some of it after", 100 * time.Millisecond, -20 * time.Millisecond, 480 * time.Millisecond, 0},
+		{"it was not behind", 20 * time.Millisecond, 20 * time.Millisecond, 0, 0},
+	} {
+		first, last := moved.Add(-c.first), moved.Add(-c.last)
+		r := probeResult{Lost: 13, FirstLost: &first, LastLost: &last, Servers: map[string]server{"new": {FirstAsked: moved}}}
+		if got := unreadBy(r, "new", c.behind); got != c.want {
+			t.Errorf("%s: %d of 13, want %d", c.what, got, c.want)
+		}
+	}
+	if got := unreadBy(probeResult{}, "new", time.Second); got != 0 {
+		t.Errorf("nothing lost: %d", got)
+	}
+}
+
 // Every object of malformed.yaml has its report, or is in order or refused by its name.
 func TestEveryMalformedObjectHasAReport(t *testing.T) {
 	events := map[string][]string{}
