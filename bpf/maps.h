@@ -720,6 +720,7 @@ struct scratch {
 	struct conn_key nat_key; /* the translated one */
 	struct conn_key lock;    /* its lock */
 	struct addr nat;         /* the address that a connection is given */
+	struct addr told;        /* the frontend that another node tells with the packet */
 	struct snat_full_key full_key;
 	struct snat_full full;
 	__u8 fib[64];            /* struct bpf_fib_lookup */
@@ -736,6 +737,8 @@ struct scratch {
 	__u32 tell;              /* enum trace_reason */
 	__u32 why;               /* enum slow_reason, of the packet in pkt */
 	__u32 nat_own;           /* nat is the packet's own address */
+	__be16 told_port;        /* of told */
+	__u16 pad;
 	/* Of an event: both ends, and where the tunnel leads (the last four bytes). */
 	__u32 src_identity, dst_identity;
 	__u16 src_id, dst_id;

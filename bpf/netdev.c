@@ -250,6 +250,40 @@ static __noinline int masqueraded(struct __sk_buff *skb, struct pkt *p, struct c
 	return verdict == -1 ? DROP(p, DROP_WRITE) : verdict;
 }
 
+/* told_node: another node has sent the packet on to this one, as the backend, and tells which frontend was asked. The stack
+ * gets it, and to_netdev gives its answers that name: the connection is kept for them. NOT_FAST: it tells none. */
+static __noinline int told_node(struct __sk_buff *skb, struct pkt *p, __u32 why)
+{
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct conn_dir *forth;
+	struct conn *c;
+	int err;
+
+	if (!scratch)
+		return NOT_FAST;
+	err = dsr_read(skb, p);
+	if (err || !scratch->told_port)
+		return err ?: NOT_FAST;
+	err = conn_meet(skb, MEET_OPEN);
+	if (err < 0)
+		return err;
+	c = bpf_map_lookup_elem(&lash_conn, &scratch->key);
+	if (!c)
+		return DROP(p, DROP_CT_INSERT);
+	if ((c->flags & CONN_DNAT) || err == MET_REPLY)
+		return DROP(p, DROP_TUPLE_TAKEN); /* the client asked this node, or was asked by it, from the same port */
+	err = dsr_note(skb, p, c);
+	if (err)
+		return err;
+	forth = &scratch->conn.orig;
+	decide_stack(forth, IN_NETDEV, ACTION_PASS, FOREVER);
+	conn_see(c, &c->orig, p, true, skb->len, ticks());
+	count(HOOK_NETDEV, why, skb->len);
+	dir_publish(&c->orig, forth, current_epoch());
+	return carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(&c->orig, p, true));
+}
+
 /* A packet to the node itself or to a service: an answer to what was translated here, or a
  * client's from outside. Otherwise it is the stack's. */
 static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u32 why)
@@ -268,6 +302,12 @@ static __noinline int from_netdev_node(struct __sk_buff *skb, struct pkt *p, __u
 		return from_netdev_error(skb, p);
 	if (unlikely(p->flags & PKT_FRAGMENT) && fragment_ports(p))
 		return VERDICT_OK;
+	ep = endpoint_of(&p->dst);
+	if (dsr_tells(p) && ep && (ep->flags & ENDPOINT_HOST)) {
+		action = told_node(skb, p, why);
+		if (action != NOT_FAST)
+			return action;
+	}
 	met = conn_meet(skb, MEET_OUTSIDE);
 	if (met <= MET_NOTHING)
 		return met;
@@ -400,7 +440,7 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 	if (verdict)
 		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
 	pods = for_pods(&p, &p.dst);
-	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST))
+	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST) && !dsr_to_node(&p))
 		return VERDICT_OK;
 	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, !pods && snat_claimed(bpf_ntohs(p.dport)), &why);
 	return finish(skb, &p, HOOK_NETDEV, verdict, why);
@@ -443,13 +483,15 @@ static __noinline int to_netdev_node(struct __sk_buff *skb, struct pkt *p)
 		return VERDICT_OK;
 	pkt_key(&scratch->key, p);
 	c = conn_answered(&scratch->key, p);
+	if (!c && cfg_dsr)
+		c = dsr_answered(&scratch->key, p);
 	if (!c)
 		return apart(skb, p);
-	if (!(c->flags & CONN_DNAT))
+	if (!(c->flags & (CONN_DNAT | CONN_DSR)))
 		return VERDICT_OK;
 	conn_see(c, &c->reply, p, false, skb->len, ticks());
 	tell = conn_tell(&c->reply, p, false);
-	if (nat_apply(skb, p, c, &scratch->key, DIR_NO_NAT))
+	if (nat_apply(skb, p, c, &scratch->key, nat_flags(c, false)))
 		return DROP(p, DROP_WRITE);
 	count(HOOK_NETDEV_OUT, SLOW_NOT, skb->len);
 	if (tell != TRACE_NOT)

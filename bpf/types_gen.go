@@ -254,13 +254,14 @@ type Runtime struct {
 	_           uint32
 }
 
-// Scratch is struct scratch, 952 bytes.
+// Scratch is struct scratch, 976 bytes.
 type Scratch struct {
 	Conn        Conn
 	Key         ConnKey
 	NATKey      ConnKey
 	Lock        ConnKey
 	NAT         Addr
+	Told        Addr
 	FullKey     SNATFullKey
 	Full        SNATFull
 	FIB         [64]uint8
@@ -277,11 +278,14 @@ type Scratch struct {
 	Tell        uint32
 	Why         uint32
 	NATOwn      uint32
+	ToldPort    BE16
+	_           uint16
 	SrcIdentity uint32
 	DstIdentity uint32
 	SrcID       uint16
 	DstID       uint16
 	Node        BE32
+	_           [4]byte
 }
 
 // Service is struct service, 24 bytes.

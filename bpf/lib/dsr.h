@@ -71,41 +71,52 @@ static __noinline int dsr_write(struct __sk_buff *skb, struct pkt *p, const stru
 	return 0;
 }
 
-/* dsr_read reads the frontend that another node put into the packet, if there is one and this cluster has
- * it: nobody makes a pod speak in another's name. 0 (with *port 0: there is none) or a drop reason. */
-static __noinline int dsr_read(struct __sk_buff *skb, struct pkt *p, struct addr *frontend, __be16 *port)
+/* cluster_node: the address is that of a node of the cluster, not this one. */
+static __always_inline bool cluster_node(const struct addr *a)
+{
+	struct ipcache_entry *e = ipcache_of(a);
+
+	return e && (e->identity == IDENTITY_REMOTE_NODE || e->identity == IDENTITY_APISERVER);
+}
+
+/* dsr_tells: the packet may tell a frontend. */
+static __always_inline bool dsr_tells(const struct pkt *p)
+{
+	return cfg_dsr && (p->flags & PKT_EXTENSION) && has_ports(p);
+}
+
+/* dsr_read leaves in lash_scratch the frontend that another node tells with the packet, if it does and this cluster has
+ * it: nobody makes a pod speak in another's name. 0 (with told_port 0: it tells none) or a drop reason. */
+static __noinline int dsr_read(struct __sk_buff *skb, struct pkt *p)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
-	struct ipcache_entry *e;
 	struct service *svc;
 	struct addr any = {};
 
-	*port = 0;
+	if (!scratch)
+		return DROP(p, DROP_NO_SERVICE);
+	if (!p->v6)
+		addr_from4(&any, 0);
+	scratch->told_port = 0;
 	if (p->v6) {
 		struct dsr6 opt;
 
 		if (bpf_skb_load_bytes(skb, HEADERS6, &opt, sizeof(opt)) || opt.hdr_len != sizeof(opt) / 8 - 1 || opt.type != DSR6_TYPE || opt.len != sizeof(opt) - 4)
 			return 0;
-		*frontend = opt.addr;
-		*port = opt.port;
+		scratch->told = opt.addr;
+		scratch->told_port = opt.port;
 	} else {
 		struct dsr4 opt;
 
 		if (bpf_skb_load_bytes(skb, HEADERS4, &opt, sizeof(opt)) || opt.type != DSR4_TYPE || opt.len != sizeof(opt))
 			return 0;
-		addr_from4(frontend, opt.addr);
-		addr_from4(&any, 0);
-		*port = opt.port;
+		addr_from4(&scratch->told, opt.addr);
+		scratch->told_port = opt.port;
 	}
-	if (!scratch)
-		return DROP(p, DROP_NO_SERVICE);
-	svc = frontend_row(&scratch->frontend, frontend, *port, p->proto);
-	if (!svc) {
-		e = ipcache_of(frontend);
-		if (e && (e->identity == IDENTITY_REMOTE_NODE || e->identity == IDENTITY_APISERVER))
-			svc = frontend_row(&scratch->frontend, &any, *port, p->proto);
-	}
+	svc = frontend_row(&scratch->frontend, &scratch->told, scratch->told_port, p->proto);
+	if (!svc && cluster_node(&scratch->told))
+		svc = frontend_row(&scratch->frontend, &any, scratch->told_port, p->proto);
 	return svc && (svc->flags & FRONTEND_DSR) ? 0 : DROP(p, DROP_NO_SERVICE);
 }
 
@@ -117,7 +128,7 @@ static __always_inline bool direct(const struct pkt *p, const struct conn *c)
 
 /* dsr_taken: a SYN has the tuple of a connection that its client has by way of another frontend, be it one that
  * this node serves: the backend could not tell the two apart. */
-static __noinline bool dsr_taken(const struct pkt *p, const struct conn *c, const struct addr *frontend, __be16 port)
+static __noinline bool dsr_taken(const struct pkt *p, const struct conn *c)
 {
 	__u32 zero = 0;
 	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
@@ -125,7 +136,7 @@ static __noinline bool dsr_taken(const struct pkt *p, const struct conn *c, cons
 
 	if (!scratch || !tcp_opens(p))
 		return false;
-	if ((c->flags & CONN_DSR) && (c->to_port != port || !addr_equal(&c->to_addr, frontend)))
+	if ((c->flags & CONN_DSR) && (c->to_port != scratch->told_port || !addr_equal(&c->to_addr, &scratch->told)))
 		return true;
 	owner = bpf_map_lookup_elem(&lash_nat, &scratch->key);
 	if (!owner || !nat_needed(bpf_map_lookup_elem(&lash_conn, owner), ticks(), false))
@@ -134,27 +145,49 @@ static __noinline bool dsr_taken(const struct pkt *p, const struct conn *c, cons
 	return true;
 }
 
-/* dsr_note remembers the frontend that a packet with an option was sent for in its connection, whose
- * answers then come from there. 0 or a drop reason. */
+/* dsr_note remembers the frontend that a packet tells in its connection, whose answers then come
+ * from there. 0 or a drop reason. */
 static __always_inline int dsr_note(struct __sk_buff *skb, struct pkt *p, struct conn *c)
 {
-	struct addr frontend;
-	__be16 port;
+	__u32 zero = 0;
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
 	int err;
 
-	if (!cfg_dsr || !(p->flags & PKT_EXTENSION) || (c->flags & CONN_DNAT) || !has_ports(p))
+	if (!scratch || !dsr_tells(p) || (c->flags & CONN_DNAT))
 		return 0;
-	err = dsr_read(skb, p, &frontend, &port);
-	if (err || !port)
+	err = dsr_read(skb, p);
+	if (err || !scratch->told_port)
 		return err;
-	if (dsr_taken(p, c, &frontend, port))
+	if (dsr_taken(p, c))
 		return DROP(p, DROP_TUPLE_TAKEN); /* the client's third SYN will come translated (to_backend) */
 	if (!(c->flags & CONN_DSR))
 		c->orig.epoch = c->reply.epoch = 0; /* decided for what it was without */
-	c->to_addr = frontend;
-	c->to_port = port;
+	c->to_addr = scratch->told;
+	c->to_port = scratch->told_port;
 	c->flags |= CONN_DSR;
 	return 0;
+}
+
+/* dsr_to_node: the packet, to the node itself, may be for the node as a backend that another node has chosen, and tell a frontend. */
+static __always_inline bool dsr_to_node(const struct pkt *p)
+{
+	return cfg_dsr && cfg_services && unlikely(p->flags & PKT_EXTENSION) && port_used(bpf_ntohs(p->dport), PORT_BACKEND);
+}
+
+/* dsr_answered finds the record of a connection that the node, as a backend, answers itself under a frontend's name. k
+ * becomes the record's key. What the client says is not seen, but for its first packet: an answer to a SYN that told
+ * nothing, with the tuple of a connection that is over, belongs to one that came directly. */
+static __noinline struct conn *dsr_answered(struct conn_key *k, const struct pkt *p)
+{
+	bool from_hi = pkt_key(k, p);
+	struct conn *c = bpf_map_lookup_elem(&lash_conn, k);
+
+	if (!c || !(c->flags & CONN_DSR) || (c->flags & CONN_DNAT) || conn_from_initiator(c, from_hi) || past(ticks(), c->expires))
+		return NULL;
+	if (!(p->tcp & TCP_SYN) || !conn_closed(c))
+		return c;
+	bpf_map_delete_elem(&lash_conn, k);
+	return NULL;
 }
 
 #undef FILE_ID

@@ -116,13 +116,13 @@ func testServices(t *testing.T, o options) {
 		}
 		client := of(addr(outside4), addr(outside6))
 		node := of(n1.ip4, n1.ip6)
-		fwd := node // who forwards to another node's backend
+		fwd, fwdNode, pod := node, node, of(a.ip4, a.ip6) // who forwards to another node's pod and to that node, and who a pod is to a node
 		if o.tunnel != "" {
-			fwd = of(n1.router4(), n1.router6())
+			fwd, pod = of(n1.router4(), n1.router6()), node
 		}
 		flags := uint32(bpf.FrontendOutside)
 		if o.dsr {
-			flags, fwd = flags|bpf.FrontendDSR, client
+			flags, fwd, fwdNode = flags|bpf.FrontendDSR, client, client
 		}
 		backends := []struct {
 			name           string
@@ -133,6 +133,7 @@ func testServices(t *testing.T, o options) {
 			{"a pod of the node", of(b.ip4, b.ip6), b.ns, client, of(a.ip4, a.ip6)},
 			{"a pod of another node", of(far.ip4, far.ip6), far.ns, fwd, of(a.ip4, a.ip6)},
 			{"the node itself", node, n1.ns, client, of(a.ip4, a.ip6)},
+			{"another node", of(n2.ip4, n2.ip6), n2.ns, fwdNode, pod},
 			{"the client itself", of(a.ip4, a.ip6), a.ns, client, of(n1.router4(), n1.router6())},
 		}
 		for _, be := range backends {

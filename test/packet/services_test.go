@@ -660,6 +660,65 @@ func TestDirectServerReturn(t *testing.T) {
 				{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(f.peer, portNode, f.outside, 1000)},
 			}
 		}},
+		test{name: "a process of the node, as the backend", config: "dsr", steps: func(f family) []step {
+			syn := func(frontend netip.Addr, port uint16) packet {
+				p := option(frontend, port)
+				p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.node, "tcp", 1000, portTarget, "S"
+				return p
+			}
+			answer := packet{src: f.node, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}
+			other := answer
+			other.dport++
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.node, portTarget)}, flags: flags})},
+				{at: netdev, pkt: syn(f.peer, portNode), want: pass(bpf.SlowExtension)},
+				{at: leaving, pkt: answer, want: pass(bpf.SlowNot), check: ends(f.peer, portNode, f.outside, 1000)},
+				{at: leaving, pkt: other, want: pass(), check: ends(f.node, portTarget, f.outside, 1001)},
+				{at: netdev, pkt: packet{src: f.outside, dst: f.node, l4: "tcp", sport: 1000, dport: portTarget, flags: "A"}, want: pass(bpf.SlowNot)},
+				{at: netdev, pkt: syn(vip(f), portVIP), want: dropped(bpf.DropTupleTaken)},
+			}
+		}},
+		test{name: "a process of the node, asked directly from the port of a connection that is over", config: "dsr", steps: func(f family) []step {
+			syn := option(vip(f), portVIP)
+			syn.src, syn.dst, syn.l4, syn.sport, syn.dport, syn.flags = f.outside, f.node, "tcp", 1000, portTarget, "S"
+			says := func(flags string, as netip.Addr, port uint16) step {
+				return step{at: leaving, pkt: packet{src: f.node, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: flags}, want: pass(), check: ends(as, port, f.outside, 1000)}
+			}
+			named := func(flags string) step {
+				s := says(flags, vip(f), portVIP)
+				s.want = pass(bpf.SlowNot)
+				return s
+			}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.node, portTarget)}, flags: flags})},
+				{at: netdev, pkt: syn, want: pass(bpf.SlowExtension)},
+				named("SA"), named("FA"), named("A"),
+				says("SA", f.node, portTarget), says("A", f.node, portTarget),
+				{at: netdev, pkt: syn, want: pass(bpf.SlowExtension)},
+				named("SA"), named("A"),
+			}
+		}},
+		test{name: "a process of the node, that the client has by this node's own frontend", config: "dsr", steps: func(f family) []step {
+			p := option(vip(f), portVIP)
+			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.node, "tcp", 1000, portNode, "S"
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget)}, flags: flags})},
+				{at: netdev, pkt: packet{src: f.outside, dst: f.node, l4: "tcp", sport: 1000, dport: portNode, flags: "S"}, want: peer(ifA, bpf.SlowNew)},
+				{at: netdev, pkt: p, want: dropped(bpf.DropTupleTaken)},
+			}
+		}},
+		test{name: "the node's own, with options that tell nothing", config: "dsr", steps: func(f family) []step {
+			p := packet{src: f.outside, dst: f.node, l4: "tcp", sport: 1000, dport: portTarget, flags: "S", options: []byte{7, 7, 4, 0, 0, 0, 0, 0}, extensions: []extension{{protoDestOpts, []byte{0, 1, 4, 0, 0, 0, 0}}}}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.node, portTarget)}, flags: flags})},
+				{at: netdev, pkt: p, want: pass()},
+				{do: func(t *testing.T, p *programs) {
+					if n := p.rows(t, "lash_conn"); n != 0 {
+						t.Errorf("%d connections of the node's own are tracked", n)
+					}
+				}},
+			}
+		}},
 		test{name: "a frontend that there is none of", config: "dsr", steps: func(f family) []step {
 			p := option(f.outside, portNode)
 			p.src, p.dst, p.l4, p.sport, p.dport, p.flags = f.outside, f.a, "tcp", 1000, portTarget, "S"
