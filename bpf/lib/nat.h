@@ -426,9 +426,9 @@ static __noinline int icmp_translate(struct __sk_buff *skb, struct pkt *p, struc
 		const struct addr *to;
 		__be16 port;
 
-		if (!(c->flags & (responder ? CONN_DNAT : CONN_NAT)))
+		if (!(c->flags & (responder ? CONN_DNAT | CONN_DSR : CONN_NAT)))
 			continue;
-		if (in->forth) {
+		if (in->forth) { /* also what a backend says that answers by itself: the client knows to_addr */
 			to = responder ? &c->to_addr : &c->nat_addr;
 			port = responder ? c->to_port : c->nat_port;
 		} else {
@@ -456,7 +456,8 @@ static __noinline struct conn *icmp_owner(struct scratch *scratch)
 	if (c) {
 		in->forth = true;
 		in->orig = conn_from_initiator(c, in->orig);
-		return c->flags & (CONN_NAT | CONN_DNAT) ? c : NULL;
+		/* The network knows no answers of a backend under its own name. */
+		return c->flags & (CONN_NAT | CONN_DNAT) || (c->flags & CONN_DSR && in->orig) ? c : NULL;
 	}
 	owner = bpf_map_lookup_elem(&lash_nat, k);
 	if (!owner)
@@ -490,7 +491,7 @@ __noinline int translate_report(struct __sk_buff *skb, struct pkt *p, __u32 masq
 	if (err)
 		return err;
 	c = icmp_owner(scratch);
-	if (!c || (!masqueraded && !(c->flags & CONN_DNAT)))
+	if (!c || (!masqueraded && !(c->flags & (CONN_DNAT | CONN_DSR))))
 		return 0;
 	return icmp_translate(skb, p, (struct inner *)scratch->inner, c, &scratch->nat_key);
 }

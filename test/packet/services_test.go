@@ -660,6 +660,23 @@ func TestDirectServerReturn(t *testing.T) {
 				{at: fromA, pkt: packet{src: f.a, dst: f.outside, l4: "tcp", sport: portTarget, dport: 1000, flags: "SA"}, want: egress(bpf.SlowNot), check: ends(f.peer, portNode, f.outside, 1000)},
 			}
 		}},
+		test{name: "errors of backends", config: "dsr", steps: func(f family) []step {
+			told := func(backend netip.Addr) packet {
+				p := option(vip(f), portVIP)
+				p.src, p.dst, p.l4, p.sport, p.dport = f.outside, backend, "udp", 1000, portTarget
+				return p
+			}
+			unreachable := func(backend netip.Addr) packet {
+				return packet{src: backend, dst: f.outside, l4: "error", quoted: frame(packet{src: f.outside, dst: backend, l4: "udp", sport: 1000, dport: portTarget})}
+			}
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.a, portTarget), at(f.node, portTarget)}, flags: flags})},
+				{at: netdev, pkt: told(f.a), want: peer(ifA, bpf.SlowExtension)},
+				{at: fromA, pkt: unreachable(f.a), want: egress(bpf.SlowICMPError), check: quotes(vip(f), f.outside, 1000, vip(f), portVIP)},
+				{at: netdev, pkt: told(f.node), want: pass(bpf.SlowExtension)},
+				{at: leaving, pkt: unreachable(f.node), want: pass(), check: quotes(vip(f), f.outside, 1000, vip(f), portVIP)},
+			}
+		}},
 		test{name: "a process of the node, as the backend", config: "dsr", steps: func(f family) []step {
 			syn := func(frontend netip.Addr, port uint16) packet {
 				p := option(frontend, port)
