@@ -678,7 +678,7 @@ enum slow_reason {
 	SLOW_REOPENED,           /* SYN on a closed connection */
 	SLOW_FRAGMENT,
 	SLOW_ICMP_ERROR,
-	SLOW_EXTENSION,          /* IPv6 extension headers, IPv4 options */
+	SLOW_EXTENSION,          /* IPv6 extension headers, IPv4 options, or Geneve's of DSR */
 	SLOW_TTL,                /* handed to the stack, which answers time exceeded */
 	SLOW_MTU,                /* handed to the stack, which fragments or answers */
 	SLOW_UNROUTED,           /* no route: handed to the stack, which answers */

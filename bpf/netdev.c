@@ -105,9 +105,11 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 	struct ipcache_entry *remote;
 	struct conn_dir *forth;
 	struct device *dev = NULL;
+	bool wrap = false;
 	struct addr nat;
 	struct hop *hop;
 	int action, err;
+	__u16 mtu;
 
 	if (!scratch)
 		return DROP(p, DROP_CT_INSERT);
@@ -119,6 +121,7 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 	remote = tunnel_to(&p->dst);
 	if (remote) {
 		nat = p->v6 ? ROUTER6 : ROUTER4;
+		mtu = cfg_tunnel_mtu;
 		decide_tunnel(forth, IN_NETDEV, &remote->node, IDENTITY_WORLD);
 		action = ACTION_TUNNEL;
 	} else {
@@ -129,6 +132,8 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 		if (action == ACTION_HOST || !dev)
 			return DROP(p, DROP_UNROUTABLE);
 		nat = p->v6 ? dev->ip6 : dev->ip4;
+		mtu = hop->mtu ?: dev->mtu;
+		wrap = cfg_dsr_geneve; /* within the tunnel no network sees an option */
 		decide_egress(forth, IN_NETDEV, hop, 0);
 	}
 	/* A client that opens for the third time was not answered: the backend's node has its tuple already (dsr_taken), or
@@ -136,31 +141,34 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 	if ((c->flags & CONN_DSR) && tcp_opens(p) && !(c->state & STATE_REPLIED) && c->orig.packets > 1)
 		c->flags &= ~CONN_DSR;
 	else if (!(c->flags & (CONN_CLAIMED | CONN_DSR)) && cfg_dsr && lb_direct(scratch, c) &&
-		 dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu))
+		 dsr_fits(skb, p, wrap, mtu))
 		c->flags |= CONN_DSR;
 	if (!(c->flags & CONN_DSR)) {
 		err = lb_claim(skb, p, c, &nat);
 		if (err)
 			return err;
+		wrap = false;
 	} else {
-		__be16 port;
-		const struct addr *frontend = conn_responder(c, &scratch->key, &port);
+		bool tell = (p->proto != IPPROTO_TCP || tcp_opens(p)) && dsr_fits(skb, p, wrap, mtu);
 
+		scratch->told = *conn_responder(c, &scratch->key, &scratch->told_port);
 		forth->deadline = ticks() + cfg_hz;
-		if ((p->proto != IPPROTO_TCP || tcp_opens(p)) && dsr_fits(skb, p, remote ? cfg_tunnel_mtu : hop->mtu ?: dev->mtu) &&
-		    dsr_write(skb, p, frontend, port))
+		if (tell && !wrap && dsr_write(skb, p, &scratch->told, scratch->told_port))
 			return DROP(p, DROP_WRITE);
+		wrap = wrap && tell;
 	}
 	forth->flags |= nat_flags(c, true);
 	conn_see(c, &c->orig, p, true, skb->len, ticks());
 	count(HOOK_NETDEV, action == ACTION_NEIGH ? SLOW_NEIGHBOUR : why, skb->len);
 	if (action != ACTION_NEIGH)
 		dir_publish(&c->orig, forth, epoch);
-	if (action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
+	if (wrap || action == ACTION_NEIGH || (action == ACTION_EGRESS && why == SLOW_DEADLINE)) {
 		if (nat_apply(skb, p, c, &scratch->key, DIR_TO_NAT))
 			return DROP(p, DROP_WRITE);
 		if (conn_tell(&c->orig, p, true) != TRACE_NOT)
 			observe(skb, TRACE_TO_NETWORK | OBSERVE_NAT, hop->ifindex, TRACE_ESTABLISHED, c->expires / cfg_hz);
+		if (wrap && dsr_wrap(skb, p, &nat, &scratch->told, scratch->told_port))
+			return DROP(p, DROP_WRITE);
 		action = by_neighbour(skb, p, hop);
 	} else {
 		action = carry_out(skb, p, HOOK_NETDEV, c, forth, &scratch->key, conn_tell(&c->orig, p, true));
@@ -353,6 +361,7 @@ struct outer {
 
 #define VXLAN_HEAD  0x08000000 /* there is a VNI, and nothing else */
 #define GENEVE_HEAD 0x00006558 /* an Ethernet frame, no options */
+#define GENEVE_OPTIONS 0x3f000000 /* how many words of them there are: not the tunnel's, which has none, but dsr_wrap's */
 #define ECN_MASK 3             /* of the TOS: congestion was met, if all bits are set */
 
 /* encapsulated: the packet is for the tunnel. Most packets of a node with a tunnel are, and need no further reading. */
@@ -363,7 +372,8 @@ static __always_inline bool encapsulated(const struct __sk_buff *skb)
 
 	return cfg_overlay_ifindex && skb->protocol == bpf_htons(ETH_P_IP) && (void *)&o->len <= end && *(__u8 *)&o->ip == 0x45 &&
 	       o->ip.protocol == IPPROTO_UDP && !(o->ip.frag_off & bpf_htons(IPV4_MF | IPV4_OFFSET)) &&
-	       o->ip.daddr == cfg_node4.w[3] && o->dport == bpf_htons((__u16)cfg_tunnel_port);
+	       o->ip.daddr == cfg_node4.w[3] && o->dport == bpf_htons((__u16)cfg_tunnel_port) &&
+	       !(cfg_dsr && cfg_tunnel_geneve && (void *)&o->vni <= end && (o->head & bpf_htonl(GENEVE_OPTIONS)));
 }
 
 /* decapsulate takes a packet out of the tunnel itself, if its connection's decision leads into a pod: its way up the stack to
@@ -440,7 +450,7 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 	if (verdict)
 		return VERDICT_OK; /* the stack counts what it cannot read; only pods' traffic is Lash's to drop */
 	pods = for_pods(&p, &p.dst);
-	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST) && !dsr_to_node(&p))
+	if (!pods && !concerns(&p, skb->pkt_type == PACKET_HOST) && !dsr_to_node(skb, &p))
 		return VERDICT_OK;
 	verdict = conn_fast(skb, &p, HOOK_NETDEV, IN_NETDEV, !pods && snat_claimed(bpf_ntohs(p.dport)), &why);
 	return finish(skb, &p, HOOK_NETDEV, verdict, why);
@@ -450,8 +460,19 @@ static __noinline int from_netdev_fast(struct __sk_buff *skb)
 static __always_inline int from_netdev_decide(struct __sk_buff *skb, struct pkt *p, __u32 why)
 {
 	bool pods = for_pods(p, &p->dst);
-	int verdict = pods ? from_netdev_slow(skb, p) : VERDICT_OK;
+	int verdict = VERDICT_OK;
 
+	if (dsr_wrapped(p)) {
+		__u32 zero = 0;
+		struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+
+		verdict = dsr_unwrap(skb, p);
+		if (verdict < 0 || !scratch)
+			return verdict;
+		why = scratch->why;
+	}
+	if (pods)
+		verdict = from_netdev_slow(skb, p);
 	return verdict == VERDICT_OK && !(pods && pods_known(p)) ? from_netdev_node(skb, p, why) : verdict;
 }
 

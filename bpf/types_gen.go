@@ -700,8 +700,12 @@ type Constants struct {
 	CTTCPTicks uint32 `cfg:"cfg_ct_tcp_ticks"`
 	// device that routes to other nodes, used where the kernel's FIB answer names none.
 	DirectIfindex uint32 `cfg:"cfg_direct_ifindex"`
-	// true: nodes tell each other the frontend of a connection in an IP option, and it is believed.
+	// true: nodes tell each other the frontend of a connection in an option, and it is believed.
 	DSR bool `cfg:"cfg_dsr"`
+	// true: in an option of Geneve around the packet; false: in an IP option. Either is understood.
+	DSRGeneve bool `cfg:"cfg_dsr_geneve"`
+	// UDP port for Geneve that tells frontends.
+	DSRPort uint32 `cfg:"cfg_dsr_port"`
 	// unread bytes of lash_events after which its reader is woken, a power of two.
 	EventsWake uint32 `cfg:"cfg_events_wake"`
 	// bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM.

@@ -15,6 +15,7 @@
 #include <linux/if_ether.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
+#include <linux/udp.h>
 
 #define SEC(name) __attribute__((section(name), used))
 #undef __always_inline

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Direct server return: the node that a client's connection comes in at sends it on to the
- * backend's node as it is, and tells in an IP option which frontend was asked; the backend's
- * node answers the client under that name. The option is in a connection's SYN, and in
- * datagrams about once a second. Layout as the field has it: IPv4 option 154 of 8 bytes
- * (type, length, port, address), IPv6 destination option 27 of 24 bytes. */
+ * backend's node as it is, and tells which frontend was asked; the backend's node answers the
+ * client under that name. It is told with a connection's SYN, and with datagrams about once a
+ * second: in an IP option, or (bpf-lb-dsr-dispatch geneve) in an option of Geneve around the
+ * packet, for networks that pass no IP options. Layouts as the field has them: IPv4 option 154 of
+ * 8 bytes (type, length, port, address), IPv6 destination option 27 of 24 bytes, Geneve option of
+ * class 0x14b and type 0x81 of 12 and 24 bytes. */
 #ifndef LASH_DSR_H
 #define LASH_DSR_H
 
@@ -27,12 +29,62 @@ struct dsr6 {
 #define DSR4_TYPE 154
 #define DSR6_TYPE 27
 
-/* dsr_fits: the packet can take the option. Otherwise its connection is translated at its source, too. */
-static __always_inline bool dsr_fits(const struct __sk_buff *skb, const struct pkt *p, __u16 mtu)
+/* Geneve around an IP packet: no Ethernet header within. */
+struct geneve {
+	__u8 opt_len;            /* words; the upper two bits: version 0 */
+	__u8 flags;
+	__be16 proto;
+	__be32 vni;              /* in the upper three bytes */
+	__be16 opt_class;
+	__u8 opt_type, opt_data; /* words behind this one */
+};
+
+struct geneve4 {
+	struct geneve head;
+	__be32 addr;
+	__be16 port, pad;
+};
+
+struct geneve6 {
+	struct geneve head;
+	__be32 addr[4];
+	__be16 port, pad;
+};
+
+#define GENEVE_CRITICAL 0x40   /* there is an option that may not be ignored */
+#define GENEVE_DSR_CLASS 0x014b
+#define GENEVE_DSR_TYPE 0x81   /* one that may not */
+
+struct wrap4 {
+	struct iphdr ip;
+	struct udphdr udp;
+	struct geneve4 geneve;
+};
+
+struct wrap6 {
+	struct ipv6hdr ip;
+	struct udphdr udp;
+	struct geneve6 geneve;
+};
+
+/* dsr_fits: there is room to tell with the packet. Otherwise its connection is translated at its source, too. */
+static __always_inline bool dsr_fits(const struct __sk_buff *skb, const struct pkt *p, bool wrapped, __u16 mtu)
 {
 	__u32 more = p->v6 ? sizeof(struct dsr6) : sizeof(struct dsr4);
 
+	if (wrapped)
+		more = p->v6 ? sizeof(struct wrap6) : sizeof(struct wrap4);
 	return !(p->flags & (PKT_FRAGMENT | PKT_EXTENSION)) && !skb->gso_size && skb->len - ETH_HLEN + more <= mtu;
+}
+
+/* ip4_check is the checksum of an IPv4 header in which it is zero. */
+static __always_inline __u16 ip4_check(const void *header, __u32 len)
+{
+	__u32 sum = bpf_csum_diff(NULL, 0, (void *)header, len, 0);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
 }
 
 /* dsr_write puts the frontend that was asked into the packet. 0, or -1. */
@@ -51,7 +103,6 @@ static __noinline int dsr_write(struct __sk_buff *skb, struct pkt *p, const stru
 	} else {
 		struct dsr4 opt = { .type = DSR4_TYPE, .len = sizeof(opt), .port = port, .addr = frontend->w[3] };
 		struct { struct iphdr ip; struct dsr4 opt; } head;
-		__u32 sum;
 
 		if (bpf_skb_adjust_room(skb, sizeof(opt), BPF_ADJ_ROOM_NET, 0) || bpf_skb_load_bytes(skb, ETH_HLEN, &head.ip, sizeof(head.ip)))
 			return -1;
@@ -59,10 +110,7 @@ static __noinline int dsr_write(struct __sk_buff *skb, struct pkt *p, const stru
 		head.ip.ihl = sizeof(head) / 4;
 		head.ip.tot_len = bpf_htons(p->l3_len + sizeof(opt));
 		head.ip.check = 0;
-		sum = bpf_csum_diff(NULL, 0, (void *)&head, sizeof(head), 0);
-		sum = (sum & 0xffff) + (sum >> 16);
-		sum = (sum & 0xffff) + (sum >> 16);
-		head.ip.check = ~sum;
+		head.ip.check = ip4_check(&head, sizeof(head));
 		if (bpf_skb_store_bytes(skb, ETH_HLEN, &head, sizeof(head), 0))
 			return -1;
 		p->l4 += sizeof(opt);
@@ -79,10 +127,120 @@ static __always_inline bool cluster_node(const struct addr *a)
 	return e && (e->identity == IDENTITY_REMOTE_NODE || e->identity == IDENTITY_APISERVER);
 }
 
+/* dsr_head fills Geneve's header and the head of its option. data: bytes of the option behind that. */
+static __always_inline void dsr_head(struct geneve *g, bool v6, __u8 data)
+{
+	g->opt_len = data / 4 + 1;
+	g->flags = GENEVE_CRITICAL;
+	g->proto = bpf_htons(v6 ? ETH_P_IPV6 : ETH_P_IP);
+	g->vni = bpf_htonl(IDENTITY_WORLD << 8);
+	g->opt_class = bpf_htons(GENEVE_DSR_CLASS);
+	g->opt_type = GENEVE_DSR_TYPE;
+	g->opt_data = data / 4;
+}
+
+/* dsr_wrap puts the packet, addressed to its backend, into one of Geneve from this node's address own to the same backend,
+ * with the frontend that was asked; p keeps describing what is inside. So the way is the connection's own, whatever the
+ * network knows of nodes. UDP's checksum is left out, as tunnels may (RFC 6935): both IPv6 and what it carries have been
+ * summed inside, with their addresses. 0, or -1. */
+static __noinline int dsr_wrap(struct __sk_buff *skb, const struct pkt *p, const struct addr *own, const struct addr *frontend, __be16 port)
+{
+	__u16 len = p->l3_len;
+	__be16 sport = p->sport | bpf_htons(0xc000); /* different for different connections */
+
+	if (p->v6) {
+		struct wrap6 w = { .ip.version = 6, .ip.hop_limit = 64, .ip.nexthdr = IPPROTO_UDP };
+
+		len += sizeof(w) - sizeof(w.ip);
+		w.ip.payload_len = bpf_htons(len);
+		__builtin_memcpy(&w.ip.saddr, own, 16);
+		__builtin_memcpy(&w.ip.daddr, &p->dst, 16);
+		w.udp.source = sport;
+		w.udp.dest = bpf_htons((__u16)cfg_dsr_port);
+		w.udp.len = bpf_htons(len);
+		dsr_head(&w.geneve.head, true, sizeof(w.geneve) - sizeof(w.geneve.head));
+		__builtin_memcpy(w.geneve.addr, frontend, 16);
+		w.geneve.port = port;
+		return bpf_skb_adjust_room(skb, sizeof(w), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) ||
+		       bpf_skb_store_bytes(skb, ETH_HLEN, &w, sizeof(w), BPF_F_RECOMPUTE_CSUM) ? -1 : 0;
+	} else {
+		struct wrap4 w = { .ip.version = 4, .ip.ihl = 5, .ip.ttl = 64, .ip.protocol = IPPROTO_UDP, .ip.frag_off = bpf_htons(IPV4_DF) };
+
+		len += sizeof(w);
+		w.ip.tot_len = bpf_htons(len);
+		w.ip.saddr = own->w[3];
+		w.ip.daddr = p->dst.w[3];
+		w.ip.check = ip4_check(&w.ip, sizeof(w.ip));
+		w.udp.source = sport;
+		w.udp.dest = bpf_htons((__u16)cfg_dsr_port);
+		w.udp.len = bpf_htons(len - sizeof(w.ip));
+		dsr_head(&w.geneve.head, false, sizeof(w.geneve) - sizeof(w.geneve.head));
+		w.geneve.addr = frontend->w[3];
+		w.geneve.port = port;
+		return bpf_skb_adjust_room(skb, sizeof(w), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) ||
+		       bpf_skb_store_bytes(skb, ETH_HLEN, &w, sizeof(w), BPF_F_RECOMPUTE_CSUM) ? -1 : 0;
+	}
+}
+
+/* dsr_wrapped: the packet may be what another node has wrapped. */
+static __always_inline bool dsr_wrapped(const struct pkt *p)
+{
+	return cfg_dsr && p->proto == IPPROTO_UDP && p->dport == bpf_htons((__u16)cfg_dsr_port) && !(p->flags & (PKT_FRAGMENT | PKT_EXTENSION));
+}
+
+/* dsr_geneve reads Geneve's header. True: it has the option that tells a frontend. */
+static __always_inline bool dsr_geneve(const struct __sk_buff *skb, const struct pkt *p, struct geneve *g)
+{
+	__u8 data = p->v6 ? sizeof(struct geneve6) - sizeof(*g) : sizeof(struct geneve4) - sizeof(*g);
+
+	return !bpf_skb_load_bytes(skb, p->l4 + sizeof(struct udphdr), g, sizeof(*g)) && g->opt_len == data / 4 + 1 &&
+	       g->proto == bpf_htons(p->v6 ? ETH_P_IPV6 : ETH_P_IP) && g->opt_class == bpf_htons(GENEVE_DSR_CLASS) &&
+	       g->opt_type == GENEVE_DSR_TYPE && g->opt_data == data / 4;
+}
+
+/* dsr_unwrap takes a packet that another node has wrapped out again: the frontend is in lash_scratch then, and p
+ * describes what was inside. 0, also if it is something else, or a drop reason. */
+static __noinline int dsr_unwrap(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 zero = 0, at = p->l4 + sizeof(struct udphdr) + sizeof(struct geneve);
+	struct scratch *scratch = bpf_map_lookup_elem(&lash_scratch, &zero);
+	struct addr to = p->dst, told = {};
+	bool v6 = p->v6;
+	struct geneve g;
+	__be16 port;
+	__s32 len = v6 ? sizeof(struct wrap6) : sizeof(struct wrap4);
+	int err;
+
+	if (!scratch || skb->gso_size || !endpoint_of(&p->dst) || !dsr_geneve(skb, p, &g))
+		return 0;
+	if (!cluster_node(&p->src))
+		return DROP(p, DROP_UNKNOWN_SENDER);
+	if (v6)
+		err = bpf_skb_load_bytes(skb, at, &told, 16) || bpf_skb_load_bytes(skb, at + 16, &port, sizeof(port));
+	else
+		err = bpf_skb_load_bytes(skb, at, &told.w[3], 4) || bpf_skb_load_bytes(skb, at + 4, &port, sizeof(port));
+	if (err || bpf_skb_adjust_room(skb, -len, BPF_ADJ_ROOM_MAC, 0))
+		return DROP(p, DROP_WRITE);
+	if (!v6)
+		told.w[2] = bpf_htonl(0xffff);
+	__builtin_memset(p, 0, sizeof(*p));
+	p->v6 = v6;
+	err = parse_any(skb, p);
+	if (err)
+		return err;
+	if (!addr_equal(&p->dst, &to))
+		return DROP(p, DROP_INVALID);
+	scratch->told = told;
+	scratch->told_port = port;
+	scratch->why = SLOW_EXTENSION;
+	p->flags |= PKT_TOLD;
+	return 0;
+}
+
 /* dsr_tells: the packet may tell a frontend. */
 static __always_inline bool dsr_tells(const struct pkt *p)
 {
-	return cfg_dsr && (p->flags & PKT_EXTENSION) && has_ports(p);
+	return cfg_dsr && (p->flags & (PKT_EXTENSION | PKT_TOLD)) && has_ports(p);
 }
 
 /* dsr_read leaves in lash_scratch the frontend that another node tells with the packet, if it does and this cluster has
@@ -98,21 +256,23 @@ static __noinline int dsr_read(struct __sk_buff *skb, struct pkt *p)
 		return DROP(p, DROP_NO_SERVICE);
 	if (!p->v6)
 		addr_from4(&any, 0);
-	scratch->told_port = 0;
-	if (p->v6) {
-		struct dsr6 opt;
+	if (!(p->flags & PKT_TOLD)) {
+		scratch->told_port = 0;
+		if (p->v6) {
+			struct dsr6 opt;
 
-		if (bpf_skb_load_bytes(skb, HEADERS6, &opt, sizeof(opt)) || opt.hdr_len != sizeof(opt) / 8 - 1 || opt.type != DSR6_TYPE || opt.len != sizeof(opt) - 4)
-			return 0;
-		scratch->told = opt.addr;
-		scratch->told_port = opt.port;
-	} else {
-		struct dsr4 opt;
+			if (bpf_skb_load_bytes(skb, HEADERS6, &opt, sizeof(opt)) || opt.hdr_len != sizeof(opt) / 8 - 1 || opt.type != DSR6_TYPE || opt.len != sizeof(opt) - 4)
+				return 0;
+			scratch->told = opt.addr;
+			scratch->told_port = opt.port;
+		} else {
+			struct dsr4 opt;
 
-		if (bpf_skb_load_bytes(skb, HEADERS4, &opt, sizeof(opt)) || opt.type != DSR4_TYPE || opt.len != sizeof(opt))
-			return 0;
-		addr_from4(&scratch->told, opt.addr);
-		scratch->told_port = opt.port;
+			if (bpf_skb_load_bytes(skb, HEADERS4, &opt, sizeof(opt)) || opt.type != DSR4_TYPE || opt.len != sizeof(opt))
+				return 0;
+			addr_from4(&scratch->told, opt.addr);
+			scratch->told_port = opt.port;
+		}
 	}
 	svc = frontend_row(&scratch->frontend, &scratch->told, scratch->told_port, p->proto);
 	if (!svc && cluster_node(&scratch->told))
@@ -123,7 +283,7 @@ static __noinline int dsr_read(struct __sk_buff *skb, struct pkt *p)
 /* direct: a service's connection, whose packets avoid the stack with legacy host routing, too. */
 static __always_inline bool direct(const struct pkt *p, const struct conn *c)
 {
-	return (c && (c->flags & (CONN_DNAT | CONN_DSR))) || (cfg_dsr && (p->flags & PKT_EXTENSION));
+	return (c && (c->flags & (CONN_DNAT | CONN_DSR))) || (cfg_dsr && (p->flags & (PKT_EXTENSION | PKT_TOLD)));
 }
 
 /* dsr_taken: a SYN has the tuple of a connection that its client has by way of another frontend, be it one that
@@ -168,10 +328,16 @@ static __always_inline int dsr_note(struct __sk_buff *skb, struct pkt *p, struct
 	return 0;
 }
 
-/* dsr_to_node: the packet, to the node itself, may be for the node as a backend that another node has chosen, and tell a frontend. */
-static __always_inline bool dsr_to_node(const struct pkt *p)
+/* dsr_to_node: the packet, to the node itself, is for the node as a backend that another node has chosen, and tells a frontend. */
+static __always_inline bool dsr_to_node(const struct __sk_buff *skb, const struct pkt *p)
 {
-	return cfg_dsr && cfg_services && unlikely(p->flags & PKT_EXTENSION) && port_used(bpf_ntohs(p->dport), PORT_BACKEND);
+	struct geneve g;
+
+	if (!cfg_dsr || !cfg_services)
+		return false;
+	if (unlikely(p->flags & PKT_EXTENSION))
+		return port_used(bpf_ntohs(p->dport), PORT_BACKEND);
+	return unlikely(dsr_wrapped(p)) && dsr_geneve(skb, p, &g);
 }
 
 /* dsr_answered finds the record of a connection that the node, as a backend, answers itself under a frontend's name. k

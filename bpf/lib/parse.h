@@ -34,6 +34,7 @@ enum pkt_flags {
 	PKT_PORTS      = 16, /* sport and dport are at l4 */
 	PKT_ECHO       = 32, /* the identifier stands for a port */
 	PKT_TRANSLATED = 64, /* an ICMP error that comes from the node by now, though src says the pod */
+	PKT_TOLD       = 128, /* it came in Geneve, which told a frontend (dsr.h) */
 };
 
 struct pkt {

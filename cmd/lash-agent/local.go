@@ -281,7 +281,8 @@ func (a *agent) datapathConfig(base netdev.Base) (datapath.Config, error) {
 		OutsideClusterIP: cfg.LBExternalClusterIP, DropNoBackend: cfg.ServiceNoBackend == "drop", NoBindProtection: !cfg.NodePortBindProtection,
 		MaglevSize: uint32(cfg.LBMaglevTableSize), MaglevSeed: cfg.MaglevSeed(),
 		XDP: cfg.LBAcceleration != "disabled", XDPSpread: cfg.LBXDPSpread,
-		NoServices: !cfg.KubeProxyReplacement, DSR: cfg.KubeProxyReplacement && cfg.DSRProblem() == "",
+		NoServices: !cfg.KubeProxyReplacement, DSR: cfg.KubeProxyReplacement,
+		DSRGeneve: cfg.LBDSRDispatch == "geneve" && cfg.DSRProblem() == "", DSRPort: cfg.DSRPort(),
 	}
 	c.OverlayIfindex, c.TunnelPort = a.overlay()
 	c.TunnelGeneve = cfg.TunnelProtocol == netdev.Geneve

@@ -141,7 +141,7 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"hubble.enabled=true", []string{"hubble.enabled=true: not supported by this version: leave it out"}},
 		{"encryption.type=wireguard", []string{"encryption.type=wireguard: not supported"}},
 		{"hostFirewall.enabled=true", []string{"hostFirewall.enabled=true: not supported"}},
-		{"loadBalancer.dsrDispatch=geneve,loadBalancer.mode=dsr", []string{"bpf-lb-dsr-dispatch", "geneve needs routing-mode tunnel", "set opt"}},
+		{"loadBalancer.dsrDispatch=geneve,loadBalancer.mode=dsr", []string{"bpf-lb-dsr-dispatch", "geneve needs tunnel-protocol geneve", "or opt"}},
 		{"loadBalancer.l7.backend=envoy", []string{"loadBalancer.l7.backend=envoy: not supported"}},
 		{"maglev.tableSize=1000", []string{"maglev", "tableSize"}},
 		{"socketLB.enabled=maybe", []string{"socketLB.enabled=maybe: not supported"}},

@@ -36,7 +36,7 @@ type Config struct {
 	NodePortRange             PortRange      `key:"node-port-range" default:"30000-32767" section:"Services" doc:"Ports the API server hands out to NodePort services; masquerading keeps out of them."`
 	BPFLBMapMax               int            `key:"bpf-lb-map-max" default:"65536" section:"Services" doc:"Rows of the map of frontends, from 256 to 16777216; four times as many backends."`
 	LBMode                    string         `key:"bpf-lb-mode" default:"snat" one-of:"snat,dsr,hybrid" section:"Services" doc:"How packets from outside reach backends on other nodes. snat: from this node's address, and back through it. dsr: the backend's node answers the client. hybrid: dsr for TCP, snat for the rest. Annotation service.cilium.io/forwarding-mode (or service.lash.io) chooses for a service."`
-	LBDSRDispatch             string         `key:"bpf-lb-dsr-dispatch" default:"opt" one-of:"opt,ipip,geneve" section:"Services" doc:"How dsr tells the backend's node which address the client asked. opt: by an IP option, natively and inside the tunnel. geneve: the same, within a Geneve tunnel. ipip: refused."`
+	LBDSRDispatch             string         `key:"bpf-lb-dsr-dispatch" default:"opt" one-of:"opt,ipip,geneve" section:"Services" doc:"How dsr tells the backend's node which address the client asked. opt: by an IP option. geneve: by an option of Geneve around the packet, for networks that drop IP options; needs tunnel-protocol geneve, in any routing mode. Inside a tunnel it is always an IP option, which no network sees there. ipip: refused."`
 	LBAlgorithm               string         `key:"bpf-lb-algorithm" default:"random" one-of:"random,maglev" section:"Services" doc:"How a backend is chosen for connections from outside. maglev: by a hash of the client, the same on every node. Annotation service.cilium.io/lb-algorithm (or service.lash.io) chooses for a service."`
 	LBMaglevTableSize         int            `key:"bpf-lb-maglev-table-size" default:"16381" section:"Services" doc:"Entries of a service's Maglev table: 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521 or 131071. A hundred times the backends a service has is enough; a table takes 8 bytes an entry."`
 	LBMaglevHashSeed          string         `key:"bpf-lb-maglev-hash-seed" default:"JLfvgnHc2kaSUFaI" section:"Services" doc:"Seed of Maglev tables, 12 bytes in base64, the same on all nodes."`
@@ -152,6 +152,8 @@ const (
 	overheadIPv6 = 40 + 8 + 8 + 14
 )
 
+const genevePort = 6081 // IANA
+
 // Tunnel reports whether this node encapsulates packets to other nodes' pods, if to all of them or not.
 func (c *Config) Tunnel() bool { return c.RoutingMode != "native" }
 
@@ -161,9 +163,17 @@ func (c *Config) TunnelUDPPort() uint16 {
 	case c.TunnelPort != 0:
 		return uint16(c.TunnelPort)
 	case c.TunnelProtocol == "geneve":
-		return 6081
+		return genevePort
 	}
 	return 8472
+}
+
+// DSRPort is the UDP port at which nodes take packets in Geneve that tell the frontend of a connection.
+func (c *Config) DSRPort() uint16 {
+	if c.TunnelProtocol == "geneve" {
+		return c.TunnelUDPPort()
+	}
+	return genevePort
 }
 
 // UnderlayIPv6 reports whether the tunnel runs between the nodes' IPv6 addresses.

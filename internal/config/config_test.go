@@ -178,8 +178,8 @@ func TestNativeRoutingCIDRThatMissesAPoolIsNoted(t *testing.T) {
 
 // Helm values of a cluster that uses no DSR may name a dispatch all the same.
 func TestDispatchWithoutDSRIsNoted(t *testing.T) {
-	for data, note := range map[string]string{"snat": "has no effect", "dsr": ""} {
-		m := map[string]string{"bpf-lb-mode": data, "bpf-lb-dsr-dispatch": "geneve"}
+	for data, note := range map[string]string{"snat": "has no effect", "dsr": "", "hybrid": ""} {
+		m := map[string]string{"bpf-lb-mode": data, "bpf-lb-dsr-dispatch": "geneve", "routing-mode": "native"}
 		if note == "" {
 			m["tunnel-protocol"] = "geneve"
 		}
@@ -218,8 +218,7 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"ip-masq-agent-config-path": "x"}, []string{"ip-masq-agent-config-path", "absolute path"}},
 		{kv{"enable-wireguard": "true"}, []string{"enable-wireguard", "not supported by this version", `"false"`}},
 		{kv{"enable-hubble": "true"}, []string{"enable-hubble", "not supported"}},
-		{kv{"bpf-lb-mode": "hybrid", "bpf-lb-dsr-dispatch": "geneve"}, []string{"bpf-lb-dsr-dispatch", "geneve needs routing-mode tunnel and tunnel-protocol geneve", "set opt"}},
-		{kv{"bpf-lb-mode": "dsr", "bpf-lb-dsr-dispatch": "geneve", "tunnel-protocol": "geneve", "routing-mode": "native"}, []string{"geneve needs routing-mode tunnel"}},
+		{kv{"bpf-lb-mode": "hybrid", "bpf-lb-dsr-dispatch": "geneve"}, []string{"bpf-lb-dsr-dispatch", "geneve needs tunnel-protocol geneve", "or opt"}},
 		{kv{"bpf-lb-mode": "dsr", "bpf-lb-dsr-dispatch": "ipip"}, []string{"outside of the cluster", "set opt"}},
 		{kv{"bpf-lb-mode": "fast"}, []string{"snat, dsr or hybrid"}},
 		{kv{"bpf-lb-maglev-table-size": "1000"}, []string{"bpf-lb-maglev-table-size", "16381"}},

@@ -20,16 +20,16 @@ func (c *Config) MaglevSeed() []byte {
 	return seed
 }
 
-// DSRProblem says why a backend's node cannot be told which frontend was asked; empty: it can.
+// DSRProblem says why backends' nodes cannot be told as configured which frontend was asked; empty: they can.
 func (c *Config) DSRProblem() string {
-	const remedy = "set opt, an option of the packet, which works natively and inside either tunnel"
 	switch c.LBDSRDispatch {
 	case "geneve":
-		if c.RoutingMode != "tunnel" || c.TunnelProtocol != "geneve" {
-			return "geneve needs routing-mode tunnel and tunnel-protocol geneve: " + remedy
+		if c.TunnelProtocol != "geneve" {
+			return "geneve needs tunnel-protocol geneve, in any routing mode: set it, or opt, an IP option"
 		}
 	case "ipip":
-		return "ipip is for load balancers outside of the cluster, whose nodes share no option with its own; they are not served: " + remedy
+		return "ipip is for load balancers outside of the cluster, whose nodes share no option with its own; they are not served: " +
+			"set opt, an IP option, or geneve where the network drops those"
 	}
 	return ""
 }

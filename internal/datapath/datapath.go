@@ -37,7 +37,9 @@ type Config struct {
 	TunnelGeneve   bool   // its protocol; false: VXLAN
 	TunnelMTU      int    // bytes that a packet in it may have
 
-	DSR bool // nodes pass connections from outside on with an option, and backends' nodes answer themselves
+	DSR       bool   // nodes pass connections from outside on with an option, and backends' nodes answer themselves
+	DSRGeneve bool   // this node's option is one of Geneve, where the network sees it; false: an IP option
+	DSRPort   uint16 // UDP port of that Geneve
 
 	HostRouting bool // BPF host routing; false: legacy
 	Masquerade4 bool
@@ -212,6 +214,8 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		SNATFarMax:     uint32(d.cfg.SNATFarMax),
 		HaveSetRetval:  d.features.SetRetval,
 		DSR:            d.cfg.DSR,
+		DSRGeneve:      d.cfg.DSRGeneve,
+		DSRPort:        uint32(d.cfg.DSRPort),
 		TunnelMTU:      uint32(d.cfg.TunnelMTU),
 		EventsWake:     eventsWake(eventsSize(runtime.NumCPU())),
 

@@ -18,7 +18,7 @@ import (
 )
 
 func config() Config {
-	return Config{Node: "n1", IPv4: true, IPv6: true, Topology: true, Affinity: true, CanDSR: true, NodePortFirst: 30000, NodePortLast: 32767, Numbers: NewNumbers(nil)}
+	return Config{Node: "n1", IPv4: true, IPv6: true, Topology: true, Affinity: true, NodePortFirst: 30000, NodePortLast: 32767, Numbers: NewNumbers(nil)}
 }
 
 // running is a stage over its tables.

@@ -18,7 +18,6 @@ type Config struct {
 	Node       string // this node's name
 	IPv4, IPv6 bool
 	DSR        map[uint8]bool // protocols for which clients outside are answered directly where a service does not choose
-	CanDSR     bool           // it works here; otherwise a service's own choice of it is not followed
 	Maglev     bool           // the algorithm where a service does not choose
 	Topology   bool           // follow topology hints
 	Affinity   bool           // follow session affinity
@@ -166,7 +165,7 @@ func portName(name string, proto uint8) string {
 
 // frontends are those of one port in the family of its cluster IP, sorted.
 func frontends(cfg Config, node self, svc state.Service, p state.ServicePortSpec, clusterIP netip.Addr, ranges bool) []model.Frontend {
-	dsr := svc.Mode == "dsr" && cfg.CanDSR || svc.Mode == "" && cfg.DSR[p.Proto]
+	dsr := svc.Mode == "dsr" || svc.Mode == "" && cfg.DSR[p.Proto]
 	maglev := svc.Algorithm == "maglev" || svc.Algorithm == "" && cfg.Maglev
 	outside := model.Frontend{Outside: true, LocalOut: svc.ExternalLocal, DSR: dsr, Maglev: maglev}
 	var out []model.Frontend

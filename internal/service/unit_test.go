@@ -225,7 +225,6 @@ func TestConfigurationOfServicePorts(t *testing.T) {
 	}{
 		"hybrid: DSR of TCP":          {func(c *Config, _ *state.Service) { c.DSR = map[uint8]bool{6: true} }, "0.0.0.0:30080/TCP NodePort out dsr node, 10.96.0.9:80/TCP ClusterIP"},
 		"a service that wants SNAT":   {func(c *Config, s *state.Service) { c.DSR, s.Mode = map[uint8]bool{6: true}, "snat" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
-		"DSR where it cannot work":    {func(c *Config, s *state.Service) { c.CanDSR, s.Mode = false, "dsr" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
 		"Maglev":                      {func(c *Config, _ *state.Service) { c.Maglev = true }, "0.0.0.0:30080/TCP NodePort out maglev node, 10.96.0.9:80/TCP ClusterIP"},
 		"a service that wants random": {func(c *Config, s *state.Service) { c.Maglev, s.Algorithm = true, "random" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
 		"cluster IPs from outside":    {func(c *Config, s *state.Service) { c.OutsideClusterIP, c.Maglev = true, true }, "0.0.0.0:30080/TCP NodePort out maglev node, 10.96.0.9:80/TCP ClusterIP out maglev"},

@@ -103,6 +103,7 @@ type options struct {
 	tunnel        string // "": native routing; else the tunnel's kind
 	underlay6     bool   // the tunnel's outer packets are IPv6
 	dsr           bool   // backends' nodes answer clients outside
+	dsrGeneve     bool   // with dsr: the frontend is told in Geneve, and the network drops IP options
 	xdp, spread   bool   // XDP on the nodes' devices; it spreads packets over the CPUs
 	podsPerNode   int
 	fewPorts      bool   // masquerading has four source ports
@@ -151,6 +152,9 @@ func newCluster(t *testing.T, o options) *cluster {
 	if o.xdp {
 		c.forXDP(t)
 	}
+	if o.dsrGeneve {
+		c.dropOptions(t)
+	}
 	var loading []<-chan error
 	for _, nd := range c.nodes {
 		nd.wire(t, c, o)
@@ -174,6 +178,19 @@ func newCluster(t *testing.T, o options) *cluster {
 		}
 	}
 	return c
+}
+
+// dropOptions has the network drop what nodes tell each other in IP options.
+func (c *cluster) dropOptions(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("nft (package nftables) is not installed")
+	}
+	rules := "table netdev options {\n"
+	for n := range c.nodes {
+		rules += fmt.Sprintf("chain from_%[1]s { type filter hook ingress device %[1]s priority 0; ip hdrlength > 5 drop; ip6 nexthdr ipv6-opts drop; }\n", fmt.Sprint("n", n+1))
+	}
+	testutil.In(t, c.sw, "nft", rules+"}")
 }
 
 // plug connects a namespace to the bridge by eth0.
@@ -262,7 +279,7 @@ func (nd *node) open(c *cluster, o options) error {
 	}
 	nd.dp, err = datapath.Open(datapath.Config{
 		SNATMin: snatMin, SNATMax: snatMax, NodeAddrs: []netip.Addr{nd.ip4, nd.ip6},
-		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelGeneve: o.tunnel == "geneve", TunnelMTU: o.routeMTU(), DSR: o.dsr,
+		OverlayIfindex: overlay, TunnelPort: tunnelPorts[o.tunnel], TunnelGeneve: o.tunnel == "geneve", TunnelMTU: o.routeMTU(), DSR: o.dsr, DSRGeneve: o.dsrGeneve, DSRPort: 6081,
 		Root: "/sys/fs/bpf/lash", HostIfindex: host, HostMAC: hostMAC, DirectIfindex: eth0,
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},

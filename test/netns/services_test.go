@@ -96,9 +96,22 @@ func TestServicesDSRVXLAN(t *testing.T) {
 	testServices(t, options{podsPerNode: 2, tunnel: "vxlan", dsr: true})
 }
 
-func TestServicesDSRGeneve(t *testing.T) {
+func TestServicesDSRByGeneve(t *testing.T) {
+	testServices(t, options{podsPerNode: 2, dsr: true, dsrGeneve: true})
+}
+func TestServicesDSRByGeneveLegacyHostRouting(t *testing.T) {
+	testServices(t, options{podsPerNode: 2, dsr: true, dsrGeneve: true, legacy: true})
+}
+func TestServicesDSRByGeneveXDP(t *testing.T) {
+	testServices(t, options{podsPerNode: 2, dsr: true, dsrGeneve: true, xdp: true})
+}
+func TestServicesDSRByGeneveVXLAN(t *testing.T) {
+	testServices(t, options{podsPerNode: 2, tunnel: "vxlan", dsr: true, dsrGeneve: true})
+}
+
+func TestServicesDSRInGeneveTunnel(t *testing.T) {
 	needGeneve(t)
-	testServices(t, options{podsPerNode: 2, tunnel: "geneve", dsr: true})
+	testServices(t, options{podsPerNode: 2, tunnel: "geneve", dsr: true, dsrGeneve: true})
 }
 
 // testServices reaches services per packet: from outside, and from pods whose sockets no program translates.

@@ -273,6 +273,7 @@ type outcome struct {
 	ifindex uint32 // where to
 	mark    uint32
 	frame   []byte
+	wrapped bool                   // it was in Geneve (peeled)
 	xdp     uint32                 // action of an XDP program
 	counts  map[uint32]uint64      // rows of lash_counts, by how much
 	drops   map[bpf.DropKey]uint64 // rows of lash_drops, by how much

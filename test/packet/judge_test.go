@@ -31,6 +31,10 @@ func judge(in input, out outcome) error {
 	if !slices.Contains(verdicts[in.program], out.verdict) {
 		return fmt.Errorf("verdict %d", out.verdict)
 	}
+	in, out, err := peeled(in, out)
+	if err != nil {
+		return err
+	}
 	if grown := len(out.frame) - len(in.frame); grown != 0 && !(in.serving && (grown == 8 || grown == 24)) {
 		return fmt.Errorf("%d bytes became %d", len(in.frame), len(out.frame))
 	}
@@ -175,7 +179,7 @@ func judgeRedirect(in input, out outcome, before, after *header) error {
 			if out.ifindex != ifEth0 {
 				return fmt.Errorf("out of device %d by its neighbours", out.ifindex)
 			}
-			marked, hop = true, true
+			marked, hop = true, !out.wrapped
 		case bpf.ActionTunnel:
 			hop = false // the receiving node's business
 			if out.ifindex != ifOverlay || !same(dst, in.frame[:6]) || !same(src, in.frame[6:12]) {

@@ -93,9 +93,16 @@ var configs = map[string]func(*datapath.Config){
 	"drop":            func(c *datapath.Config) { c.DropNoBackend = true },
 	"without routers": func(c *datapath.Config) { c.Routers = nil },
 	"kube-proxy":      func(c *datapath.Config) { c.NoServices = true },
-	"dsr":             func(c *datapath.Config) { c.DSR = true },
-	"dsr, legacy":     func(c *datapath.Config) { c.DSR, c.HostRouting = true, false },
-	"one port":        func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
+	"dsr":             func(c *datapath.Config) { c.DSR, c.DSRPort = true, portDSR },
+	"dsr, legacy":     func(c *datapath.Config) { c.DSR, c.DSRPort, c.HostRouting = true, portDSR, false },
+	"dsr by geneve":   func(c *datapath.Config) { c.DSR, c.DSRGeneve, c.DSRPort = true, true, portDSR },
+	"dsr by geneve, legacy": func(c *datapath.Config) {
+		c.DSR, c.DSRGeneve, c.DSRPort, c.HostRouting = true, true, portDSR, false
+	},
+	"dsr by geneve, tunnel": func(c *datapath.Config) {
+		c.DSR, c.DSRGeneve, c.DSRPort, c.OverlayIfindex, c.TunnelPort, c.TunnelMTU = true, true, portDSR, ifOverlay, 8472, 1450
+	},
+	"one port": func(c *datapath.Config) { c.SNATMin, c.SNATMax = 30000, 30000 },
 	"all ports": func(c *datapath.Config) {
 		c.SNATMin, c.SNATMax, c.SNATFarMin, c.SNATFarMax, c.ConnMax = 1024, 29999, 32768, 65535, 1<<18
 	},
