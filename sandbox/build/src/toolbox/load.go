@@ -5,9 +5,7 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -44,35 +42,6 @@ type Failure struct {
 	To    string    `json:"to"`
 	From  string    `json:"from,omitempty"` // the connection's own address, if there was one
 	Error string    `json:"error"`
-}
-
-// load sends HTTP requests at a fixed rate, whether or not earlier ones are answered, and counts what fails. Nothing is
-// tried a second time, also where a client would be allowed to: each failure is one that an application may see.
-func load(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("load", flag.ExitOnError)
-	rate := fs.Int("rate", 2000, "requests a second, of all URLs together")
-	total := fs.Duration("for", 10*time.Second, "how long to send")
-	fresh := fs.Int("new", 25, "percent of the requests that have a connection of their own")
-	keep := fs.Int("keep", 32, "connections kept alive for the others, of each URL")
-	timeout := fs.Duration("timeout", 5*time.Second, "of a request, connecting included")
-	_ = fs.Parse(args)
-	if fs.NArg() == 0 || *rate < 1 || *fresh < 0 || *fresh > 100 || *keep < 1 {
-		return errors.New("usage: toolbox load [-rate 2000] [-for 10s] [-new 25] [-keep 32] [-timeout 5s] URL...")
-	}
-	g := &generator{fresh: *fresh, keep: *keep, timeout: *timeout, result: LoadResult{Failures: map[string]int64{}, Servers: map[string]int64{}}}
-	for _, s := range fs.Args() {
-		t, err := newTarget(s)
-		if err != nil {
-			return err
-		}
-		g.targets = append(g.targets, t)
-	}
-	out, err := json.Marshal(g.run(ctx, *rate, *total))
-	if err != nil {
-		return err
-	}
-	fmt.Println(string(out))
-	return nil
 }
 
 type generator struct {
