@@ -108,6 +108,12 @@ func (c Cache) path(p program) string {
 	return filepath.Join(string(c), "bin", p.source+"-"+p.version, p.name)
 }
 
+// src is where a program's sources are unpacked: each version has its own directory, so that no file of another one is
+// compiled with it.
+func (c Cache) src(p program) string {
+	return filepath.Join(string(c), "src", p.source+"-"+p.version)
+}
+
 // Missing lists the programs of a set that are not built yet.
 func (c Cache) Missing(set Set) []string {
 	var names []string
@@ -185,7 +191,7 @@ func (c Cache) lock(ctx context.Context, say func(string, ...any)) (func(), erro
 }
 
 func (c Cache) one(ctx context.Context, p program) error {
-	src := filepath.Join(string(c), "src", p.source)
+	src := c.src(p)
 	if err := unpack(p.source, src); err != nil {
 		return fmt.Errorf("build %s: %w", p.name, err)
 	}

@@ -42,6 +42,24 @@ func TestKubernetesVersionIsTheOneInItsModule(t *testing.T) {
 	}
 }
 
+func TestVersionIsBuiltWithoutTheFilesOfAnother(t *testing.T) {
+	c, p := Cache(t.TempDir()), program{name: "pause", source: "pause", pkg: ".", version: "new"}
+	other := p
+	other.version = "old"
+	if err := unpack(other.source, c.src(other)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.src(other), "gone.go"), []byte("package main\n\nfunc main() {}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.one(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(c.path(p)); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestInterruptedBuildLeavesNothing(t *testing.T) {
 	c := Cache(t.TempDir())
 	ctx, cancel := context.WithCancel(context.Background())
