@@ -64,6 +64,7 @@ func TestWatchTellsWhatClientGoTells(t *testing.T) {
 	bookmark := `{"type":"BOOKMARK","object":{"kind":"CiliumEndpoint","apiVersion":"cilium.io/v2","metadata":{"resourceVersion":"99","creationTimestamp":null,"annotations":{"k8s.io/initial-events-end":"true"}}}}` + "\n"
 	expired := `{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"too old resource version","reason":"Expired","code":410}}` + "\n"
 	for name, body := range map[string]string{
+		"unknown fields":   strings.Replace(fmt.Sprintf(event, "ADDED"), `"status":{"id":7`, `"extra":[{"a":null}],"status":{"id":7,"ID":9,"more":{}`, 1),
 		"events":           fmt.Sprintf(event, "ADDED") + fmt.Sprintf(event, "MODIFIED") + fmt.Sprintf(event, "DELETED") + bookmark,
 		"expired":          fmt.Sprintf(event, "ADDED") + expired,
 		"nothing":          "",
@@ -87,14 +88,32 @@ func TestWatchTellsWhatClientGoTells(t *testing.T) {
 }
 
 func TestWatchEndsWithAnErrorAtWhatIsNoEvent(t *testing.T) {
-	for _, body := range []string{"no JSON\n", `{"type":"ODD","object":{}}`, `{"type":"ADDED"}`, `{"object":{"kind":"Status"},"type":"ERROR"}`, `{"type":"ADDED","object":{"metadata":7}}`} {
-		c := watched(t, func(w io.Writer) { io.WriteString(w, fmt.Sprintf(event, "ADDED")+body) })
+	for body, want := range map[string]string{
+		"no JSON\n": "invalid character 'o'",
+		`{"type":"ODD","object":{"metadata":{}}}`: "invalid watch event type",
+		`{}`:                                  "invalid watch event type",
+		`{"type":"ADDED"}`:                    "event ADDED has no object",
+		`{"type":"ADDED","object":null}`:      "event ADDED has no object",
+		`{"type":"ERROR"}`:                    "event ERROR has no object",
+		`{"type":7,"object":{"metadata":{}}}`: "field .type",
+		`{"object":{"kind":"Status"},"type":"ERROR"}`:                                     "field .object",
+		`{"type":"ADDED","object":[]}`:                                                    "field .object",
+		`{"type":"ADDED","object":{"metadata":7}}`:                                        "object.metadata",
+		`{"type":"ADDED","object":{"status":{"networking":{"addressing":[{"ipv4":7}]}}}}`: "object.status.networking.addressing.ipv4",
+		`{"type":"ADDED","object":{"metadata":{"creationTimestamp":"yesterday"}}}`:        "parsing time",
+	} {
+		c := watched(t, func(w io.Writer) { io.WriteString(w, fmt.Sprintf(event, "ADDED")+body+fmt.Sprintf(event, "DELETED")) })
 		w, err := c.Endpoints.Watch(t.Context(), metav1.ListOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if all := events(w); len(all) != 2 || all[1].Type != watch.Error {
+		all := events(w)
+		if len(all) != 2 || all[1].Type != watch.Error {
 			t.Errorf("after %s: %+v", body, all)
+			continue
+		}
+		if err := apierrors.FromObject(all[1].Object); !strings.Contains(err.Error(), want) {
+			t.Errorf("after %s: %v, want %s", body, err, want)
 		}
 	}
 }
