@@ -360,6 +360,7 @@ enum frontend_flags {
 	FRONTEND_DSR       = 32, /* backends of other nodes answer clients outside directly */
 	FRONTEND_ADDRESS   = 64, /* the row of an address */
 	FRONTEND_NODE      = 128, /* the address is a node's: there is no row of it */
+	FRONTEND_DENY      = 256, /* with FRONTEND_RANGES: those sources are kept out, all others served */
 };
 
 struct service {
@@ -452,8 +453,8 @@ struct {
 	__type(value, struct affinity);
 } lash_affinity SEC(".maps");
 
-/* --- lash_source_ranges: sources that may reach a service from outside. Agent writes;
- * slow path reads. */
+/* --- lash_source_ranges: sources that may, or with FRONTEND_DENY may not, reach a service from
+ * outside. Agent writes; slow path reads. */
 struct source_range_key {
 	__u32 prefixlen;         /* 32 bits of service, then those of addr */
 	__u32 service;

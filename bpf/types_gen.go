@@ -556,6 +556,7 @@ const (
 	FrontendDSR      = 32
 	FrontendAddress  = 64
 	FrontendNode     = 128
+	FrontendDeny     = 256
 )
 
 // enum hook.

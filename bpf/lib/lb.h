@@ -96,7 +96,9 @@ static __always_inline int lb_allowed(struct scratch *scratch, struct pkt *p, co
 	range->prefixlen = 32 + 128;
 	range->service = svc->id;
 	range->addr = p->src;
-	return bpf_map_lookup_elem(&lash_source_ranges, range) ? 0 : DROP(p, DROP_SOURCE_RANGE);
+	if (!bpf_map_lookup_elem(&lash_source_ranges, range) == !!(svc->flags & FRONTEND_DENY))
+		return 0;
+	return DROP(p, DROP_SOURCE_RANGE);
 }
 
 static __always_inline __u32 mix(__u32 h, __u32 v)

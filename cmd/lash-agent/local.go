@@ -58,7 +58,7 @@ func (a *agent) restoreLocal() {
 	}
 	// Families may have been switched off since; Local filters what objects say in the same way.
 	n = node.Local(a.nodeCfg, model.Node{Routers: n.Routers, Health: n.Health}, []state.NodeObject{
-		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs, Zone: n.Zone},
+		{Source: model.SourceKubernetes, Name: a.name, Addrs: n.Addrs, PodCIDRs: n.PodCIDRs, Zone: n.Zone, Labels: n.Labels},
 		{Source: model.SourceCustomResource, Name: a.name, PodCIDRs: n.PodCIDRs},
 	})
 	off := func(r netip.Addr) bool { return !a.nodeCfg.Enabled(r) }

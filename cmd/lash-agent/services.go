@@ -204,6 +204,6 @@ func (a *agent) serviceConfig(known map[uint32]model.ServicePort) service.Config
 		NodePortFirst: cfg.NodePortRange.First, NodePortLast: cfg.NodePortRange.Last,
 		Maglev: cfg.LBAlgorithm == "maglev", OutsideClusterIP: cfg.LBExternalClusterIP,
 		DSR:     map[uint8]bool{model.ProtoTCP: cfg.LBMode != "snat", model.ProtoUDP: cfg.LBMode == "dsr", model.ProtoSCTP: cfg.LBMode == "dsr"},
-		Numbers: service.NewNumbers(known),
+		Selects: k8s.Selects, Numbers: service.NewNumbers(known),
 	}
 }

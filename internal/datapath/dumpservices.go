@@ -145,6 +145,7 @@ func serviceFlags(v bpf.Service) []string {
 		name string
 	}{
 		{bpf.FrontendNode, "node"}, {bpf.FrontendLocalOut, "external-local"}, {bpf.FrontendLocalIn, "internal-local"}, {bpf.FrontendRanges, "check source-range"},
+		{bpf.FrontendDeny, "deny"},
 		{bpf.FrontendMaglev, "maglev"}, {bpf.FrontendDSR, "dsr"},
 	} {
 		if v.Flags&f.bit != 0 {

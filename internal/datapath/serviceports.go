@@ -162,6 +162,7 @@ var frontendFlags = []struct {
 	{bpf.FrontendLocalOut, func(f *model.Frontend) *bool { return &f.LocalOut }},
 	{bpf.FrontendLocalIn, func(f *model.Frontend) *bool { return &f.LocalIn }},
 	{bpf.FrontendRanges, func(f *model.Frontend) *bool { return &f.Ranges }},
+	{bpf.FrontendDeny, func(f *model.Frontend) *bool { return &f.Deny }},
 	{bpf.FrontendMaglev, func(f *model.Frontend) *bool { return &f.Maglev }},
 	{bpf.FrontendDSR, func(f *model.Frontend) *bool { return &f.DSR }},
 	{bpf.FrontendNode, func(f *model.Frontend) *bool { return &f.Node }},

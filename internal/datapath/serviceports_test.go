@@ -84,7 +84,7 @@ func serviceMaps(t *testing.T) *Datapath {
 
 var samplePorts = map[uint32]model.ServicePort{
 	3: {ID: 3, Proto: 6, Affinity: 30, Backends: testBackends("cclbk"), Frontends: []model.Frontend{
-		testFrontend("0.0.0.0", 30080, nodePort), testFrontend("10.96.0.3", 80, nil), testFrontend("192.0.2.9", 80, func(f *model.Frontend) { f.Outside, f.Ranges, f.LocalOut = true, true, true }),
+		testFrontend("0.0.0.0", 30080, nodePort), testFrontend("10.96.0.3", 80, nil), testFrontend("192.0.2.9", 80, func(f *model.Frontend) { f.Outside, f.Ranges, f.Deny, f.LocalOut = true, true, true, true }),
 	}, Ranges: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16"), netip.MustParsePrefix("10.10.0.0/16")}},
 	4: {ID: 4, Proto: 6, Backends: testBackends("ccc"), Frontends: []model.Frontend{testFrontend("10.96.0.3", 443, nil), testFrontend("192.0.2.10", 443, withMaglev)}},
 	5: {ID: 5, Proto: 6, Backends: testBackends("lbc"), Frontends: []model.Frontend{testFrontend("192.0.2.11", 443, localMaglev)}},
@@ -155,7 +155,7 @@ func TestRowsOfServicePorts(t *testing.T) {
 	if got := lookup("10.96.0.3", 80, 6); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	want.Flags = bpf.FrontendOutside | bpf.FrontendRanges | bpf.FrontendLocalOut
+	want.Flags = bpf.FrontendOutside | bpf.FrontendRanges | bpf.FrontendDeny | bpf.FrontendLocalOut
 	if got := lookup("192.0.2.9", 80, 6); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}

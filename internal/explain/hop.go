@@ -453,7 +453,7 @@ func (w *walk) leave(ifindex int, frame []byte) error {
 var remedies = map[uint8]string{
 	bpf.DropInvalidSource:   "a pod sends from the addresses it was given only: look for addresses added in the pod, or for a packet that comes back into the network it left",
 	bpf.DropNoService:       "the service has no backend here that is ready: 'kubectl get endpointslices -o wide'; with externalTrafficPolicy Local only nodes with one serve it",
-	bpf.DropSourceRange:     "add the source to the service's loadBalancerSourceRanges",
+	bpf.DropSourceRange:     "the service's loadBalancerSourceRanges say whom it serves, or, with annotation src-ranges-policy: deny, whom not",
 	bpf.DropClusterIP:       "cluster IPs are served to the cluster only; use a NodePort or LoadBalancer, or set bpf.lbExternalClusterIP=true",
 	bpf.DropUnroutable:      "nobody has the address any more, or not yet: 'kubectl get pods -A -o wide' shows who should have it; the sender may hold an old address",
 	bpf.DropCTInsert:        "lash_conn is full: 'lash bpf ct list' shows by what; raise bpf-ct-global-max in the configuration",

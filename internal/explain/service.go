@@ -95,7 +95,7 @@ func (w *walk) frontend(front *datapath.FrontendRow) agent.ExplainEntry {
 	for _, f := range []struct {
 		flag uint32
 		text string
-	}{{bpf.FrontendMaglev, "Maglev for packets from outside"}, {bpf.FrontendDSR, "backends answer by themselves (DSR)"}, {bpf.FrontendRanges, "for some sources only"}} {
+	}{{bpf.FrontendMaglev, "Maglev for packets from outside"}, {bpf.FrontendDSR, "backends answer by themselves (DSR)"}, {bpf.FrontendRanges, "for some sources only"}, {bpf.FrontendDeny, "for all others, that is"}} {
 		if front.Flags&f.flag != 0 {
 			says = append(says, f.text)
 		}
@@ -128,7 +128,11 @@ func (l lookup) services(drop uint8) (rows []agent.ExplainEntry, decided bool) {
 	e := l.w.frontend(front)
 	switch {
 	case drop == bpf.DropSourceRange:
-		return append(rows, e, agent.ExplainEntry{Map: "lash_source_ranges", Key: fmt.Sprintf("%d, %s", front.ID, l.before.src.Addr()), Value: "no row: not among the service's loadBalancerSourceRanges", Decides: true}), true
+		said := "no row: not among the service's loadBalancerSourceRanges"
+		if front.Flags&bpf.FrontendDeny != 0 {
+			said = "among the service's loadBalancerSourceRanges, which keep out"
+		}
+		return append(rows, e, agent.ExplainEntry{Map: "lash_source_ranges", Key: fmt.Sprintf("%d, %s", front.ID, l.before.src.Addr()), Value: said, Decides: true}), true
 	case refused, c.ToPort == 0:
 		e.Decides = true
 		return append(rows, e), true

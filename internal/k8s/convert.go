@@ -50,6 +50,17 @@ func (p *problems) cidr(field, s string) (netip.Prefix, bool) {
 // nonMasqueradeAnnotation lists destinations to which the pods of a node keep their addresses, separated by commas.
 const nonMasqueradeAnnotation = "lash.io/non-masquerade-cidrs"
 
+// nodeConverter is convertNode, with the labels of the node named local: those of all others would only take memory.
+func nodeConverter(local string) func(*corev1.Node) (state.NodeObject, problems) {
+	return func(n *corev1.Node) (state.NodeObject, problems) {
+		row, p := convertNode(n)
+		if n.Name == local {
+			row.Labels = n.Labels
+		}
+		return row, p
+	}
+}
+
 func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 	var p problems
 	row := state.NodeObject{Source: model.SourceKubernetes, Name: n.Name, UID: string(n.UID)}

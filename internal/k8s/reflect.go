@@ -48,7 +48,7 @@ func (r *Reflector) Run(ctx context.Context) error { return r.run(ctx) }
 func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Reflector {
 	return []*Reflector{
 		newReflector(t, log, spec[corev1.Node, state.NodeObject]{
-			name: "core/v1::Node", kind: "Node", table: t.NodeObjects, convert: convertNode, equal: state.NodeObject.Equal,
+			name: "core/v1::Node", kind: "Node", table: t.NodeObjects, convert: nodeConverter(node), equal: state.NodeObject.Equal,
 			mine: func(r state.NodeObject) bool { return r.Source == model.SourceKubernetes },
 			lw:   listWatch[corev1.NodeList](c, c.core, "nodes", nil, ""),
 		}),

@@ -14,42 +14,7 @@ import (
 	"github.com/lash-net/lash/internal/state"
 )
 
-// Annotations of a Service that choose how it is served, each under the group that the field's users know and under
-// Lash's own, which wins.
-const (
-	annotationMode      = "forwarding-mode"
-	annotationAlgorithm = "lb-algorithm"
-)
-
-var annotationGroups = []string{"service.lash.io/", "service.cilium.io/"}
-
-// ServiceAnnotations are the annotations of a Service that are followed.
-func ServiceAnnotations() []string {
-	var out []string
-	for _, group := range annotationGroups {
-		out = append(out, group+annotationMode, group+annotationAlgorithm)
-	}
-	slices.Sort(out)
-	return out
-}
-
 const maxAffinitySeconds = 24 * 60 * 60 // Kubernetes' own bound
-
-// choice is the value of an annotation of a service, which must be one of those allowed; empty: it has none.
-func (p *problems) choice(svc *corev1.Service, name string, allowed ...string) string {
-	for _, group := range annotationGroups {
-		v, ok := svc.Annotations[group+name]
-		if !ok {
-			continue
-		}
-		if slices.Contains(allowed, v) {
-			return v
-		}
-		p.add(fmt.Sprintf("metadata.annotations[%s%s]", group, name), "%q is none of %s; the node's setting is used", v, strings.Join(allowed, ", "))
-		return ""
-	}
-	return ""
-}
 
 // addrs reads a list of addresses of which those that cannot be read are left out.
 func (p *problems) addrs(field string, list []string) (out []netip.Addr) {
@@ -73,12 +38,11 @@ func convertService(svc *corev1.Service) (state.Service, problems) {
 		PublishNotReady: svc.Spec.PublishNotReadyAddresses,
 		InternalLocal:   svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		ExternalLocal:   svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal,
-		Mode:            p.choice(svc, annotationMode, "snat", "dsr"),
-		Algorithm:       p.choice(svc, annotationAlgorithm, "random", "maglev"),
 	}
 	if row.Type == "" {
 		row.Type = string(corev1.ServiceTypeClusterIP)
 	}
+	p.annotations(svc, &row)
 	if svc.Spec.SessionAffinity == corev1.ServiceAffinityClientIP {
 		row.SessionAffinitySec = int(corev1.DefaultClientIPServiceAffinitySeconds)
 		if c := svc.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil && c.ClientIP.TimeoutSeconds != nil {
@@ -130,7 +94,7 @@ func (p *problems) loadBalancer(svc *corev1.Service, row *state.Service) {
 	for i, s := range ranges {
 		c, err := netip.ParsePrefix(strings.TrimSpace(s))
 		if err != nil {
-			p.add(fmt.Sprintf("%s[%d]", field, i), "%q is no CIDR, like 10.0.1.0/24; it lets nobody in", s)
+			p.add(fmt.Sprintf("%s[%d]", field, i), "%q is no CIDR, like 10.0.1.0/24; it %s", s, map[bool]string{false: "lets nobody in", true: "keeps nobody out"}[row.RangesDeny])
 			row.RangesBroken = true
 			continue
 		}

@@ -138,3 +138,59 @@ func TestConvertPodReadsHostPorts(t *testing.T) {
 		t.Errorf("ports in the host's network: %+v", row.Ports)
 	}
 }
+
+// Annotations of the field are followed, in whatever case their values are; what nobody follows is said.
+func TestAnnotationsOfServices(t *testing.T) {
+	const field, own = "service.cilium.io/", "service.lash.io/"
+	for _, tt := range []struct {
+		annotations map[string]string
+		want        state.Service // what differs from a service without
+		problem     string
+	}{
+		{annotations: map[string]string{field + "type": "LoadBalancer"}, want: state.Service{Only: "LoadBalancer"}},
+		{annotations: map[string]string{field + "type": "nodeport", own + "type": "ClusterIP"}, want: state.Service{Only: "ClusterIP"}},
+		{annotations: map[string]string{field + "type": "ExternalIPs"}, problem: `metadata.annotations[service.cilium.io/type]: "ExternalIPs" is none of ClusterIP, NodePort, LoadBalancer; all that the service has is served`},
+		{annotations: map[string]string{field + "src-ranges-policy": "Deny"}, want: state.Service{RangesDeny: true}},
+		{annotations: map[string]string{field + "src-ranges-policy": "allow"}},
+		{annotations: map[string]string{field + "src-ranges-policy": "block"}, problem: `metadata.annotations[service.cilium.io/src-ranges-policy]: "block" is none of allow, deny; the source ranges are those that are let in`},
+		{annotations: map[string]string{field + "forwarding-mode": "DSR", field + "lb-algorithm": "Maglev"}, want: state.Service{Mode: "dsr", Algorithm: "maglev"}},
+		{annotations: map[string]string{field + "node": "edge"}, want: state.Service{Nodes: "service.cilium.io/node=edge"}},
+		{annotations: map[string]string{field + "node": "edge", field + "node-selector": "pool in (edge, core), !old"}, want: state.Service{Nodes: "!old,pool in (core,edge)"}},
+		{annotations: map[string]string{field + "node-selector": ""}},
+		{annotations: map[string]string{field + "node-selector": "pool in edge"}, problem: `metadata.annotations[service.cilium.io/node-selector]: "pool in edge" selects no nodes by their labels, like pool=edge or pool in (edge,core); every node serves the service`},
+		{annotations: map[string]string{field + "node": "a b"}, problem: `metadata.annotations[service.cilium.io/node]: "a b" selects no nodes by their labels, like pool=edge or pool in (edge,core); every node serves the service`},
+		{annotations: map[string]string{field + "proxy-delegation": "none", field + "global": "false", field + "affinity": "local"}},
+		{annotations: map[string]string{field + "proxy-delegation": "delegate-if-local"}, problem: `metadata.annotations[service.cilium.io/proxy-delegation]: "delegate-if-local" is not supported by this version: no packet is left to a proxy of the node, backends get all of them`},
+		{annotations: map[string]string{field + "global": "true"}, problem: `metadata.annotations[service.cilium.io/global]: "true" is not supported by this version: clusters are not connected, endpoints of this one serve`},
+		{annotations: map[string]string{own + "lb-algoritm": "maglev"}, problem: "metadata.annotations[service.lash.io/lb-algoritm]: is not known; those that are followed are forwarding-mode, lb-algorithm, type, src-ranges-policy, node, node-selector"},
+		{annotations: map[string]string{"lbipam.cilium.io/ips": "192.0.2.1", "example.org/type": "x"}},
+	} {
+		svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Annotations: tt.annotations}, Spec: corev1.ServiceSpec{Type: corev1.ServiceTypeLoadBalancer}}
+		got, p := convertService(svc)
+		tt.want.Type, tt.want.Created = "LoadBalancer", got.Created
+		if !got.Equal(tt.want) {
+			t.Errorf("%v: got %+v", tt.annotations, got)
+		}
+		if said := strings.Join(p, ": "); said != tt.problem {
+			t.Errorf("%v: said %q, want %q", tt.annotations, said, tt.problem)
+		}
+	}
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{field + "type": "NodePort"}}}
+	if _, p := convertService(svc); len(p) != 2 || p[1] != "NodePort alone is to be served, and the service is of type ClusterIP: it has none" {
+		t.Errorf("a ClusterIP of which the NodePort is to be served: %q", p)
+	}
+	for selector, want := range map[string]bool{"": true, "pool=edge": true, "pool in (core)": false, "!old": true, "service.cilium.io/node=": false} {
+		if got := Selects(selector, map[string]string{"pool": "edge"}); got != want {
+			t.Errorf("selector %q: %v", selector, got)
+		}
+	}
+}
+
+func TestLabelsAreKeptOfTheOwnNode(t *testing.T) {
+	for name, want := range map[string]bool{"n1": true, "n2": false} {
+		row, _ := nodeConverter("n1")(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"pool": "edge"}}})
+		if got := row.Labels["pool"] == "edge"; got != want || row.Name != name {
+			t.Errorf("%s: %+v", name, row)
+		}
+	}
+}

@@ -14,13 +14,14 @@ const (
 // Node is a node of the cluster.
 type Node struct {
 	Name     string
-	Addrs    []netip.Addr   // InternalIPs, IPv4 first
-	PodCIDRs []netip.Prefix // IPv4 first
-	Routers  []netip.Addr   // CiliumInternalIPs, IPv4 first
-	Health   []netip.Addr   // of its health endpoint, IPv4 first; empty: it has none
-	Tunnel   string         // protocol and port by which it takes encapsulated packets, "vxlan:8472"; empty: it takes none
-	Zone     string         // known of the local node only
-	RouteMTU int            // of routes through the tunnel, bytes; known of the local node only
+	Addrs    []netip.Addr      // InternalIPs, IPv4 first
+	PodCIDRs []netip.Prefix    // IPv4 first
+	Routers  []netip.Addr      // CiliumInternalIPs, IPv4 first
+	Health   []netip.Addr      // of its health endpoint, IPv4 first; empty: it has none
+	Tunnel   string            // protocol and port by which it takes encapsulated packets, "vxlan:8472"; empty: it takes none
+	Zone     string            // known of the local node only
+	Labels   map[string]string // known of the local node only; nil: not yet
+	RouteMTU int               // of routes through the tunnel, bytes; known of the local node only
 	Local    bool
 	Source   string
 }

@@ -69,7 +69,8 @@ type Frontend struct {
 	Outside  bool // for packets from outside the node too
 	LocalOut bool // those go to backends of this node only
 	LocalIn  bool // connections from inside, too
-	Ranges   bool // from outside only for the service port's SourceRanges
+	Ranges   bool // from outside only for sources in the service port's Ranges
+	Deny     bool // with Ranges: only for sources that are not
 	Maglev   bool // from outside the backend is chosen by a Maglev table
 	DSR      bool // backends of other nodes answer clients outside directly
 	Node     bool // the address is a node's, this one's or another's
@@ -83,6 +84,7 @@ func (f Frontend) Flags() []string {
 		name string
 	}{
 		{!f.Outside, "non-routable"}, {f.LocalOut, "external-local"}, {f.LocalIn, "internal-local"}, {f.Ranges, "check source-range"},
+		{f.Deny, "deny"},
 		{f.Maglev, "maglev"}, {f.DSR, "dsr"},
 	} {
 		if flag.set {
@@ -139,7 +141,7 @@ type ServicePort struct {
 	Affinity  uint32 // seconds for which a client keeps its backend; 0: none
 	Frontends []Frontend
 	Backends  []Backend      // sorted by Compare
-	Ranges    []netip.Prefix // sources that frontends with Ranges serve
+	Ranges    []netip.Prefix // sources that frontends with Ranges serve, or keep out
 }
 
 // Equal reports whether nothing differs.

@@ -54,7 +54,7 @@ func Local(cfg Config, prev model.Node, objects []state.NodeObject) model.Node {
 			continue
 		}
 		if o.Source == model.SourceKubernetes {
-			n.Zone = o.Zone
+			n.Zone, n.Labels = o.Zone, o.Labels
 			if a := cfg.addrs(o.Addrs); len(a) > 0 {
 				n.Addrs = a
 			}

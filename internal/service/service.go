@@ -110,7 +110,7 @@ func (s *Stage) readNode(txn statedb.ReadTxn) {
 	s.nodeAt = at
 	node := self{addrs: map[netip.Addr]bool{}, nodes: map[netip.Addr]bool{}}
 	for n := range s.t.Local.All(txn) {
-		node.zone = n.Zone
+		node.zone, node.labels = n.Zone, n.Labels
 		for _, a := range append(slices.Clone(n.Addrs), n.Routers...) {
 			node.addrs[a] = true
 		}
@@ -127,6 +127,13 @@ func (s *Stage) readNode(txn statedb.ReadTxn) {
 	}
 	old := s.node
 	s.node = node
+	if !maps.Equal(node.labels, old.labels) {
+		for svc := range s.t.Services.All(txn) {
+			if svc.Nodes != "" {
+				s.dirty[svc.Key()] = struct{}{}
+			}
+		}
+	}
 	if node.zone != old.zone || !maps.Equal(node.addrs, old.addrs) {
 		for owner := range s.claims {
 			s.dirty[owner] = struct{}{}

@@ -316,3 +316,28 @@ func TestRowsFollowTheNode(t *testing.T) {
 	state.Insert(r.tables.DB, r.tables.Local, model.Node{Name: "n1", Zone: "z1", Addrs: []netip.Addr{ip("172.18.0.1")}})
 	r.becomes("ns/a http: 10.96.0.1:80/TCP ClusterIP = 10.0.2.1:8080, 172.18.0.1:8080 cluster host")
 }
+
+// A service that only some nodes serve comes and goes with the labels of this one, and is served while they are not known.
+func TestSomeNodesServeSomeServices(t *testing.T) {
+	cfg := config()
+	cfg.Selects = func(selector string, labels map[string]string) bool { return labels["pool"] == selector }
+	r := start(t, cfg)
+	state.Insert(r.tables.DB, r.tables.Services, svc("a", nil, "10.96.0.1"))
+	state.Insert(r.tables.DB, r.tables.Services, svc("edge", func(s *state.Service) {
+		s.Nodes, s.HealthCheckNodePort = "edge", 32000
+	}, "10.96.0.2"))
+	everywhere, edge := "ns/a http: 10.96.0.1:80/TCP ClusterIP =", "ns/edge http: 10.96.0.2:80/TCP ClusterIP ="
+	r.becomes(everywhere, edge)
+	local := func(pool string) {
+		state.Insert(r.tables.DB, r.tables.Local, model.Node{Name: "n1", Labels: map[string]string{"pool": pool}})
+	}
+	local("core")
+	r.becomes(everywhere)
+	if n := r.tables.HealthChecks.NumObjects(r.tables.DB.ReadTxn()); n != 0 {
+		t.Errorf("%d health checks of a service that is not served", n)
+	}
+	local("edge")
+	r.becomes(everywhere, edge)
+	state.Insert(r.tables.DB, r.tables.Services, svc("edge", func(s *state.Service) { s.Nodes = "core" }, "10.96.0.2"))
+	r.becomes(everywhere)
+}

@@ -23,6 +23,8 @@ type Config struct {
 	Affinity   bool           // follow session affinity
 	// OutsideClusterIP lets packets from outside reach ClusterIPs.
 	OutsideClusterIP bool
+	// Selects reports whether a node's labels meet a selector; nil: nobody is selective.
+	Selects func(selector string, labels map[string]string) bool
 	// NodePortFirst and NodePortLast bound what the API server gives to NodePorts: HostPorts there are not served.
 	NodePortFirst, NodePortLast uint16
 	Numbers                     *Numbers
@@ -32,9 +34,10 @@ func (c Config) enabled(ipv6 bool) bool { return ipv6 && c.IPv6 || !ipv6 && c.IP
 
 // self is what the stage needs to know of its node.
 type self struct {
-	zone  string
-	addrs map[netip.Addr]bool // the node's own
-	nodes map[netip.Addr]bool // of all nodes
+	zone   string
+	labels map[string]string   // nil: not known yet
+	addrs  map[netip.Addr]bool // the node's own
+	nodes  map[netip.Addr]bool // of all nodes
 }
 
 // has reports whether a frontend's address is a node's.
@@ -84,11 +87,11 @@ func (c *claim) before(o *claim) bool {
 // ofService are the service ports of a service, and how many of its endpoints on this node are ready. A service without
 // cluster IP is headless, or has none yet: it is not translated.
 func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSlice) (claims []*claim, local int, warnings []state.Warning) {
-	if svc.Type == "ExternalName" {
+	if svc.Type == "ExternalName" || !serves(cfg, node, svc) {
 		return nil, 0, nil
 	}
 	for _, p := range svc.Ports {
-		if p.NodePort != 0 && (p.NodePort < cfg.NodePortFirst || p.NodePort > cfg.NodePortLast) && len(svc.ClusterIPs) > 0 {
+		if p.NodePort != 0 && (svc.Only == "" || svc.Only == model.TypeNodePort) && (p.NodePort < cfg.NodePortFirst || p.NodePort > cfg.NodePortLast) && len(svc.ClusterIPs) > 0 {
 			warnings = append(warnings, warn("service "+svc.Key(), "nodePort %d lies outside of node-port-range %d-%d, so that connections of this node may use it too: make the range that of the API server", p.NodePort, cfg.NodePortFirst, cfg.NodePortLast))
 		}
 	}
@@ -117,7 +120,7 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 				slices.SortFunc(c.port.Ranges, netip.Prefix.Compare)
 				c.port.Ranges = slices.Compact(c.port.Ranges)
 			}
-			c.port.Frontends = frontends(cfg, node, svc, p, ip, len(c.port.Ranges) > 0 || svc.RangesBroken)
+			c.port.Frontends = frontends(cfg, node, svc, p, ip, len(c.port.Ranges) > 0 || svc.RangesBroken && !svc.RangesDeny)
 			c.port.Backends = backends(cfg, node, svc, p, ipv6, eps)
 			for _, b := range c.port.Backends {
 				if b.Local && !b.Terminating {
@@ -128,6 +131,11 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 		}
 	}
 	return claims, len(ready), warnings
+}
+
+// serves reports whether the service is this node's to serve. While the node's labels are not known, every service is.
+func serves(cfg Config, node self, svc state.Service) bool {
+	return svc.Nodes == "" || node.labels == nil || cfg.Selects == nil || cfg.Selects(svc.Nodes, node.labels)
 }
 
 // unserved is what a service and its slices ask for in vain, because the two do not fit together.
@@ -175,13 +183,16 @@ func frontends(cfg Config, node self, svc state.Service, p state.ServicePortSpec
 			out = append(out, f)
 		}
 	}
-	add(model.Frontend{LocalIn: svc.InternalLocal, Outside: cfg.OutsideClusterIP, LocalOut: cfg.OutsideClusterIP && svc.InternalLocal, Maglev: cfg.OutsideClusterIP && maglev && svc.ExternalLocal == svc.InternalLocal},
-		clusterIP, p.Port, model.TypeClusterIP)
+	served := func(kind string) bool { return svc.Only == "" || svc.Only == kind }
+	if served(model.TypeClusterIP) {
+		add(model.Frontend{LocalIn: svc.InternalLocal, Outside: cfg.OutsideClusterIP, LocalOut: cfg.OutsideClusterIP && svc.InternalLocal, Maglev: cfg.OutsideClusterIP && maglev && svc.ExternalLocal == svc.InternalLocal},
+			clusterIP, p.Port, model.TypeClusterIP)
+	}
 	same := func(a netip.Addr) bool { return a.Is6() == clusterIP.Is6() }
 	for _, a := range svc.LoadBalancerIPs {
-		if same(a) {
+		if same(a) && served(model.TypeLoadBalancer) {
 			f := outside
-			f.Ranges = ranges
+			f.Ranges, f.Deny = ranges, ranges && svc.RangesDeny
 			add(f, a, p.Port, model.TypeLoadBalancer)
 		}
 	}
@@ -190,7 +201,7 @@ func frontends(cfg Config, node self, svc state.Service, p state.ServicePortSpec
 			add(outside, a, p.Port, model.TypeExternalIPs)
 		}
 	}
-	if p.NodePort != 0 {
+	if p.NodePort != 0 && served(model.TypeNodePort) {
 		add(outside, everywhere(clusterIP.Is6()), p.NodePort, model.TypeNodePort)
 	}
 	slices.SortFunc(out, func(a, b model.Frontend) int { return a.FrontendKey.Compare(b.FrontendKey) })

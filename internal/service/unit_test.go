@@ -69,8 +69,8 @@ func line(s model.ServicePort) string {
 	var fs, bs []string
 	for _, f := range s.Frontends {
 		fs = append(fs, f.FrontendKey.String()+" "+f.Type+flags(map[string]bool{
-			"out": f.Outside, "local-out": f.LocalOut, "local-in": f.LocalIn, "ranges": f.Ranges, "maglev": f.Maglev, "dsr": f.DSR, "node": f.Node,
-		}, "out", "local-out", "local-in", "ranges", "maglev", "dsr", "node"))
+			"out": f.Outside, "local-out": f.LocalOut, "local-in": f.LocalIn, "ranges": f.Ranges, "deny": f.Deny, "maglev": f.Maglev, "dsr": f.DSR, "node": f.Node,
+		}, "out", "local-out", "local-in", "ranges", "deny", "maglev", "dsr", "node"))
 	}
 	for _, b := range s.Backends {
 		bs = append(bs, netip.AddrPortFrom(b.Addr, b.Port).String()+flags(map[string]bool{
@@ -144,6 +144,25 @@ func TestServicePorts(t *testing.T) {
 		{"ranges that cannot be read let nobody in",
 			svc("a", func(s *state.Service) { s.LoadBalancerIPs, s.RangesBroken = []netip.Addr{ip("192.0.2.9")}, true }, "10.96.0.9"), nil,
 			[]string{"ns/a http: 10.96.0.9:80/TCP ClusterIP, 192.0.2.9:80/TCP LoadBalancer out ranges ="}},
+		{"source ranges that are kept out",
+			svc("a", func(s *state.Service) {
+				s.LoadBalancerIPs, s.RangesDeny, s.SourceRanges = []netip.Addr{ip("192.0.2.9")}, true, []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}
+			}, "10.96.0.9"), nil,
+			[]string{"ns/a http: 10.96.0.9:80/TCP ClusterIP, 192.0.2.9:80/TCP LoadBalancer out ranges deny =  from [10.9.0.0/16]"}},
+		{"of those that are kept out, ranges that cannot be read keep nobody out",
+			svc("a", func(s *state.Service) {
+				s.LoadBalancerIPs, s.RangesDeny, s.RangesBroken = []netip.Addr{ip("192.0.2.9")}, true, true
+			}, "10.96.0.9"), nil,
+			[]string{"ns/a http: 10.96.0.9:80/TCP ClusterIP, 192.0.2.9:80/TCP LoadBalancer out ="}},
+		{"by annotation: the load balancer's address alone",
+			svc("a", with(everything, func(s *state.Service) { s.Only, s.ExternalIPs = "LoadBalancer", nil }), "10.96.0.9"), one,
+			[]string{"ns/a http: 192.0.2.9:80/TCP LoadBalancer out = 10.0.1.1:8080 cluster"}},
+		{"by annotation: the NodePort alone, and addresses that are no type's",
+			svc("a", with(everything, func(s *state.Service) { s.Only = "NodePort" }), "10.96.0.9"), one,
+			[]string{"ns/a http: 0.0.0.0:30080/TCP NodePort out node, 192.0.2.1:80/TCP ExternalIPs out = 10.0.1.1:8080 cluster"}},
+		{"by annotation: the cluster IP alone",
+			svc("a", with(everything, func(s *state.Service) { s.Only, s.ExternalIPs = "ClusterIP", nil }), "10.96.0.9"), one,
+			[]string{front + "10.0.1.1:8080 cluster"}},
 		{"by annotation: DSR and Maglev",
 			svc("a", func(s *state.Service) {
 				s.ExternalIPs, s.Mode, s.Algorithm = []netip.Addr{ip("192.0.2.1")}, "dsr", "maglev"

@@ -3,6 +3,7 @@
 package state
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -26,6 +27,8 @@ type NodeObject struct {
 	Taints    []string       // Node: keys
 	NetworkOK bool           // Node: condition NetworkUnavailable is False
 	Zone      string         // Node: label topology.kubernetes.io/zone
+
+	Labels map[string]string // Node: of this node only
 
 	NonMasquerade []netip.Prefix // Node: annotation, destinations to which its pods keep their addresses
 }
@@ -54,7 +57,7 @@ func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 func (r NodeObject) Equal(o NodeObject) bool {
 	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK && r.Zone == o.Zone &&
 		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints) &&
-		slices.Equal(r.NonMasquerade, o.NonMasquerade)
+		slices.Equal(r.NonMasquerade, o.NonMasquerade) && maps.Equal(r.Labels, o.Labels)
 }
 
 // Node is a row of the merged nodes.
@@ -87,5 +90,5 @@ func newNodeTable(db *statedb.DB, name string) (statedb.RWTable[Node], error) {
 func EqualNode(a, b Node) bool {
 	return a.Name == b.Name && a.Local == b.Local && a.Source == b.Source && a.Tunnel == b.Tunnel && a.RouteMTU == b.RouteMTU && a.Zone == b.Zone &&
 		slices.Equal(a.Addrs, b.Addrs) && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Routers, b.Routers) &&
-		slices.Equal(a.Health, b.Health)
+		slices.Equal(a.Health, b.Health) && maps.Equal(a.Labels, b.Labels)
 }

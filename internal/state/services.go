@@ -39,7 +39,10 @@ type Service struct {
 	SourceRanges        []netip.Prefix
 	Mode                string // by annotation: "snat", "dsr"; empty: the node's
 	Algorithm           string // by annotation: "random", "maglev"; empty: the node's
-	RangesBroken        bool   // some of the source ranges cannot be read: nobody is let in by them
+	Only                string // by annotation: "ClusterIP", "NodePort", "LoadBalancer", the one kind of addresses that is served; empty: all
+	Nodes               string // by annotation: the selector of the nodes that serve it; empty: all
+	RangesDeny          bool   // the source ranges are kept out, not let in
+	RangesBroken        bool   // some of them cannot be read: nobody is let in, or kept out, by them
 }
 
 // Key is "namespace/name".
@@ -49,7 +52,8 @@ func (r Service) Key() string { return r.Namespace + "/" + r.Name }
 func (r Service) Equal(o Service) bool {
 	return r.Namespace == o.Namespace && r.Name == o.Name && r.UID == o.UID && r.Created == o.Created && r.Type == o.Type && r.PublishNotReady == o.PublishNotReady &&
 		r.InternalLocal == o.InternalLocal && r.ExternalLocal == o.ExternalLocal && r.SessionAffinitySec == o.SessionAffinitySec &&
-		r.HealthCheckNodePort == o.HealthCheckNodePort && r.Mode == o.Mode && r.Algorithm == o.Algorithm && r.RangesBroken == o.RangesBroken &&
+		r.HealthCheckNodePort == o.HealthCheckNodePort && r.Mode == o.Mode && r.Algorithm == o.Algorithm && r.RangesBroken == o.RangesBroken && r.RangesDeny == o.RangesDeny &&
+		r.Only == o.Only && r.Nodes == o.Nodes &&
 		slices.Equal(r.ClusterIPs, o.ClusterIPs) && slices.Equal(r.ExternalIPs, o.ExternalIPs) && slices.Equal(r.LoadBalancerIPs, o.LoadBalancerIPs) &&
 		slices.Equal(r.Ports, o.Ports) && slices.Equal(r.SourceRanges, o.SourceRanges)
 }

@@ -279,6 +279,11 @@ func explainServices(t *testing.T, o options) {
 			t.Errorf("%+v\n%s", e, steps(way))
 		}
 		ends(way, agent.OutcomeDropped, "Denied by LB src range check")
+		port(7, every, nodePort, model.ProtoTCP, func(s *model.ServicePort, f *model.Frontend) {
+			client := netip.MustParseAddr(outside)
+			s.Ranges, f.Ranges, f.Deny = []netip.Prefix{netip.PrefixFrom(client, client.BitLen())}, true, true
+		}, of(far))
+		ends(ask(outside, node, nodePort, "tcp"), agent.OutcomeDropped, "Denied by LB src range check")
 		vip := vipOf(v6)
 		port(8, vip, 9000, model.ProtoSCTP, nil, of(far))
 		met(ask(n1.podKey(n1.pods[0]), vip, 9000, "sctp"), "from_container", "service d/web, port http", far)

@@ -399,10 +399,14 @@ func TestServicesFromOutside(t *testing.T) {
 					other = addr("2001:db8:1::")
 				}
 				bits := f.outside.BitLen() - 8
+				denied := servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}, flags: bpf.FrontendOutside | bpf.FrontendRanges | bpf.FrontendDeny, ranges: []netip.Prefix{netip.PrefixFrom(other, bits)}}
 				return []step{
 					{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.b, portTarget)}, flags: bpf.FrontendOutside | bpf.FrontendRanges, ranges: []netip.Prefix{netip.PrefixFrom(other, bits)}})},
 					{at: netdev, pkt: packet{src: f.outside, dst: f.node, l4: l4, sport: 1000, dport: portNode, flags: syn}, want: dropped(bpf.DropSourceRange)},
 					{at: netdev, pkt: packet{src: other.Next(), dst: f.node, l4: l4, sport: 1000, dport: portNode, flags: syn}, want: peer(ifB, bpf.SlowNew)},
+					{do: serve(f, denied)},
+					{at: netdev, pkt: packet{src: f.outside, dst: f.node, l4: l4, sport: 1001, dport: portNode, flags: syn}, want: peer(ifB, bpf.SlowNew)},
+					{at: netdev, pkt: packet{src: other.Next(), dst: f.node, l4: l4, sport: 1001, dport: portNode, flags: syn}, want: dropped(bpf.DropSourceRange)},
 				}
 			}},
 		)
