@@ -50,6 +50,7 @@ CONFIG(__u32, dsr_port, "UDP port for Geneve that tells frontends");
 CONFIG(__u32, xdp_cpus, "XDP spreads what it passes to the kernel over CPUs below this number; 0: it does not");
 CONFIG(__u32, maglev_size, "entries of a table of lash_maglev");
 CONFIG(__u64, host_netns, "cookie of the node's network namespace");
+CONFIG(bool, sock_host_only, "true: services are translated at sockets of the node's network namespace only");
 CONFIG(__u32, events_wake, "unread bytes of lash_events after which its reader is woken, a power of two");
 CONFIG(bool, have_set_retval, "bpf_set_retval exists (5.18): connect() to a service without backends fails with ECONNREFUSED, not EPERM");
 

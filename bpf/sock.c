@@ -3,7 +3,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The node's cgroup: services are translated once, when a socket names its peer, so
  * that established traffic to them costs nothing a packet. Sockets that these hooks
- * do not see (SCTP, raw, ping, other network stacks) are served packet by packet. */
+ * do not see (SCTP, raw, ping, other network stacks), or are to leave alone (cfg_sock_host_only),
+ * are served packet by packet. */
 #include "lib/nat.h"
 
 #define FILE_ID FILE_SOCK
@@ -181,6 +182,8 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	struct sock_pin to = {}, *pin;
 	struct service *svc;
 
+	if (cfg_sock_host_only && !of_host(ctx))
+		return UNTOUCHED;
 	svc = frontend(ctx, a, *port, ctx->protocol);
 	if (!svc)
 		return UNTOUCHED;

@@ -767,6 +767,8 @@ type Constants struct {
 	SNATMax uint32 `cfg:"cfg_snat_max"`
 	// first source port for masquerading.
 	SNATMin uint32 `cfg:"cfg_snat_min"`
+	// true: services are translated at sockets of the node's network namespace only.
+	SockHostOnly bool `cfg:"cfg_sock_host_only"`
 	// true: the tunnel's protocol is Geneve; false: VXLAN.
 	TunnelGeneve bool `cfg:"cfg_tunnel_geneve"`
 	// bytes that a packet in the tunnel may have.

@@ -49,7 +49,7 @@ func (a *agent) facts() server.Facts {
 		Version: api.Version{Version: version.Version, Commit: version.Commit, Go: runtime.Version(), Arch: runtime.GOARCH, Kernel: kernelRelease()},
 
 		Kubernetes: a.kubernetesFact(), KubernetesAPIs: slices.Sorted(slices.Values(a.kinds)),
-		KubeProxyReplacement: a.cfg.KubeProxyReplacement, SocketLB: a.attached.Load(),
+		KubeProxyReplacement: a.cfg.KubeProxyReplacement, SocketLB: a.attached.Load(), SocketLBHostOnly: a.cfg.LBSockHostNSOnly,
 		LB:             a.lbFact(),
 		CNIConfigFile:  "not written yet: the agent is not ready",
 		IPAM:           a.ipamFact(),

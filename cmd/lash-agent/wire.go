@@ -104,7 +104,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	a.chooseHostRouting()
 	a.monitoring = newMonitoring(cfg)
 	a.explain = &explain.Explainer{
-		Tables: a.tables, Datapath: func() *datapath.Datapath { return a.phase.Load().dp }, Sockets: a.attached.Load,
+		Tables: a.tables, Datapath: func() *datapath.Datapath { return a.phase.Load().dp }, Sockets: func(pods bool) bool { return a.attached.Load() && !(pods && cfg.LBSockHostNSOnly) },
 		Peers: explain.Remote{Port: uint16(cfg.ClusterHealthPort)},
 	}
 	endpointLog := endpoint.NewLog(a.tables, a.endpointChanged)

@@ -15,7 +15,7 @@ import (
 	"github.com/lash-net/lash/internal/config"
 )
 
-// absentValues are values of features this version does not have; with off they are accepted and dropped. A path that
+// absentValues are values of features this version does not have, or cannot be without; with off they are accepted and dropped. A path that
 // names a map stands for everything below it.
 var absentValues = map[string]string{
 	"hubble": "enabled=false", "envoy": "enabled=false", "l7Proxy": "false", "hostFirewall": "enabled=false", "encryption": "enabled=false",
@@ -24,7 +24,7 @@ var absentValues = map[string]string{
 	"localRedirectPolicies": "enabled=false", "localRedirectPolicy": "false", "ciliumEndpointSlice": "enabled=false",
 	"endpointRoutes": "enabled=false", "enableIPv4BIGTCP": "false",
 	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
-	"loadBalancer.l7": "", "socketLB": "enabled=true", "identityAllocationMode": "crd",
+	"loadBalancer.l7": "", "socketLB.enabled": "true", "identityAllocationMode": "crd",
 	"bpf.tproxy": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",
 	"operator.prometheus": "enabled=false", "enableK8sNetworkPolicy": "false",
 }
@@ -47,7 +47,7 @@ func translateValues(values map[string]any, known valuePaths) (said []string, er
 		v, _ := lookupValue(values, path)
 		text := fmt.Sprint(v)
 		if top, off, ok := absentValue(path); ok {
-			if off != "" && (top+"."+off == path+"="+text || top+"="+off == path+"="+text) || isOff(v) {
+			if off != "" && (top+"."+off == path+"="+text || top+"="+off == path+"="+text) || isOff(v) && !strings.HasSuffix(off, "true") {
 				removeValue(values, path)
 				continue
 			}

@@ -66,6 +66,7 @@ func TestOldSpellingsOfValuesAreTranslated(t *testing.T) {
 		{set: "bpf.hostRouting=true", path: "bpf.hostLegacyRouting", want: "false"},
 		{set: "ipam.operator.clusterPoolIPv4PodCIDR=10.7.0.0/16", path: "ipam.operator.clusterPoolIPv4PodCIDRList", want: "[10.7.0.0/16]"},
 		{set: "kubeProxyReplacement=true", path: "kubeProxyReplacement", want: "true", silent: true},
+		{set: "socketLB.hostNamespaceOnly=true", path: "socketLB.hostNamespaceOnly", want: "true", silent: true},
 		{set: "autoDirectNodeRoutes=true", path: "autoDirectNodeRoutes", want: "true", silent: true},
 	} {
 		values := parseSet(t, tt.set)
@@ -161,6 +162,8 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"bpf.masquerade=yes", []string{"bpf.masquerade", "want boolean"}},
 		{"bpf.hostLegacyRouting=1", []string{"bpf.hostLegacyRouting", "want boolean"}},
 		{"bpf.monitorAggregation=all", []string{"bpf.monitorAggregation", "'none', 'low', 'medium', 'maximum'"}},
+		{"socketLB.enabled=false", []string{"socketLB.enabled=false: not supported by this version"}},
+		{"socketLB.hostNamespaceOnly=yes", []string{"socketLB.hostNamespaceOnly", "want boolean"}},
 		{"bpf.ctMax=10", []string{"bpf.ctMax", "1"}},
 		{"bpf.lbMapMax=1", []string{"bpf.lbMapMax", "256"}},
 		{"bpf.root=sys", []string{"bpf.root", "pattern"}},

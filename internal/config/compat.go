@@ -71,7 +71,6 @@ var absent = map[string][]string{
 	"cni-chaining-mode":              {"", "none"},
 	"custom-cni-conf":                {"false"},
 	"bpf-lb-sock":                    {"true"},
-	"bpf-lb-sock-hostns-only":        {"false"},
 	"bpf-distributed-lru":            {"false"},
 	"prometheus-serve-addr":          {""},
 	"operator-prometheus-serve-addr": {""},

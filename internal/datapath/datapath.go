@@ -59,6 +59,7 @@ type Config struct {
 	OutsideClusterIP bool         // packets from outside reach ClusterIPs
 	DropNoBackend    bool         // connections to services without backends are dropped, not refused
 	NoBindProtection bool         // sockets of the node may bind NodePorts
+	SockHostOnly     bool         // pods' sockets are left alone: packets to services are translated
 	MaglevSize       uint32       // entries of a Maglev table, a prime; 0: 16381
 	MaglevSeed       []byte       // the same on all nodes
 
@@ -225,6 +226,7 @@ func (d *Datapath) constants() (*bpf.Constants, error) {
 		XDPCPUs:            d.spreadCPUs(),
 		MaglevSize:         d.cfg.maglevSize(),
 		HostNetns:          netns,
+		SockHostOnly:       d.cfg.SockHostOnly,
 	}
 	for _, a := range d.cfg.NodeAddrs {
 		if a.Is4() {

@@ -24,7 +24,7 @@ import (
 type Explainer struct {
 	Tables   *state.Tables
 	Datapath func() *datapath.Datapath // nil while there is none yet
-	Sockets  func() bool               // services are translated at the sockets
+	Sockets  func(pods bool) bool      // services are translated at the node's sockets, or at pods'
 	Peers    Peers
 }
 
@@ -57,9 +57,9 @@ func (e *Explainer) Hop(_ context.Context, req agent.ExplainHop) (agent.ExplainH
 	w.node = w.names.local()
 	switch {
 	case req.From == agent.FromPod && req.Packet != nil:
-		err = w.fromPod(*req.Packet, req.Backend, e.Sockets())
+		err = w.fromPod(*req.Packet, req.Backend, e.Sockets(true))
 	case req.From == agent.FromHost && req.Packet != nil:
-		err = w.fromHost(*req.Packet, req.Backend, e.Sockets())
+		err = w.fromHost(*req.Packet, req.Backend, e.Sockets(false))
 	case req.From == agent.FromNetwork && (req.Packet != nil || len(req.Frame) > 0):
 		err = w.fromNetwork(req)
 	case req.From == agent.FromTunnel && len(req.Frame) > 0:

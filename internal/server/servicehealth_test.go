@@ -73,3 +73,15 @@ func TestServiceHealth(t *testing.T) {
 		t.Errorf("a port that is no service's answers %d", code)
 	}
 }
+
+func TestCoverageOfSockets(t *testing.T) {
+	for want, f := range map[string]Facts{
+		"":            {KubeProxyReplacement: true},
+		"Full":        {KubeProxyReplacement: true, SocketLB: true},
+		"Hostns-only": {KubeProxyReplacement: true, SocketLB: true, SocketLBHostOnly: true},
+	} {
+		if got := kubeProxyReplacement(f, nil).SocketLBCoverage; got != want {
+			t.Errorf("%+v: %q", f, got)
+		}
+	}
+}

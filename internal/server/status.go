@@ -23,6 +23,7 @@ type Facts struct {
 	KubernetesAPIs       []string
 	KubeProxyReplacement bool // configured
 	SocketLB             bool // attached
+	SocketLBHostOnly     bool // for sockets of the node's network namespace only
 	LB                   LoadBalancing
 	CNIConfigFile        string
 	IPAM                 agent.IPAM
@@ -170,6 +171,9 @@ func kubeProxyReplacement(f Facts, devices []agent.Device) agent.KubeProxyReplac
 	}
 	if f.KubeProxyReplacement && f.SocketLB {
 		k.SocketLBCoverage = "Full"
+		if f.SocketLBHostOnly {
+			k.SocketLBCoverage = "Hostns-only"
+		}
 	}
 	return k
 }

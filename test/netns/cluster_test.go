@@ -111,6 +111,7 @@ type options struct {
 	allPorts      bool   // masquerading has those that the agent gives it, and connections are remembered for long
 	shared        bool   // masquerading uses sharedPorts, and connections are forgotten soon
 	connMax       uint32 // rows of lash_conn; 0: 65536
+	sockHostOnly  bool   // pods' sockets are not translated
 	dropNoBackend bool   // services without backends drop instead of refusing
 }
 
@@ -284,7 +285,7 @@ func (nd *node) open(c *cluster, o options) error {
 		Routers: []netip.Addr{nd.router4(), nd.router6()}, PodCIDRs: []netip.Prefix{nd.cidr4(), nd.cidr6()},
 		NativeCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/48")},
 		HostRouting: !o.legacy, Masquerade4: !o.netfilter, Masquerade6: !o.netfilter, SNATFarMin: snatFarMin, SNATFarMax: snatFarMax, AnyLifetime: anyLifetime, ConnMax: cmp.Or(o.connMax, 65536), ServiceMax: 1024,
-		NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend,
+		NoTCX: o.noTCX, XDP: o.xdp, XDPSpread: o.spread, DropNoBackend: o.dropNoBackend, SockHostOnly: o.sockHostOnly,
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err

@@ -70,7 +70,7 @@ func TestExplainTranslatesServices(t *testing.T) {
 		t.Errorf("without backends: %+v", way.Verdict)
 	}
 	// Where kube-proxy translates, the packet is what the socket asked for.
-	e.all[0].Sockets = func() bool { return false }
+	e.all[0].Sockets = func(bool) bool { return false }
 	if way := e.explain(t, 0, agent.ExplainRequest{Src: n1.podKey(n1.pods[0]), Dst: front.Addr.String(), Port: 80}); way.Steps[0].Program != "from_container" {
 		t.Errorf("without socket programs: %s", steps(way))
 	}
@@ -201,7 +201,7 @@ func explainServices(t *testing.T, o options) {
 	c := newCluster(t, o)
 	n1, n2 := c.nodes[0], c.nodes[1]
 	e := newExplainers(t, c, o)
-	e.all[0].Sockets = func() bool { return false }
+	e.all[0].Sockets = func(bool) bool { return false }
 	n1.leadToHost(t, o)
 	near, far := n1.pods[1], n2.pods[0]
 	for _, v6 := range []bool{false, true} {

@@ -52,7 +52,7 @@ func newExplainers(t *testing.T, c *cluster, o options) *explainers {
 				state.Insert(tables.DB, tables.CiliumEndpoints, state.CiliumEndpoint{Namespace: ns, Name: name, Node: other.ip4, IPv4: p.ip4, IPv6: p.ip6, Identity: p.identity})
 			}
 		}
-		e.all = append(e.all, &explain.Explainer{Tables: tables, Datapath: func() *datapath.Datapath { return nd.dp }, Sockets: func() bool { return true }, Peers: e})
+		e.all = append(e.all, &explain.Explainer{Tables: tables, Datapath: func() *datapath.Datapath { return nd.dp }, Sockets: func(bool) bool { return true }, Peers: e})
 	}
 	return e
 }

@@ -230,6 +230,47 @@ func TestSocketGetsABackendAndSeesTheFrontend(t *testing.T) {
 	}
 }
 
+// Where pods' sockets are to be left alone, pods are served packet by packet: who looks at their packets finds the frontend.
+func TestOnlySocketsOfTheNodeAreTranslated(t *testing.T) {
+	s := newServices(t, options{sockHostOnly: true})
+	forEachFamily(t, func(t *testing.T, f family) {
+		vip := netip.AddrPortFrom(f.vip, vipPort)
+		s.n1.backendsOf(t, f.id(), f.backend(s.near), f.backend(s.far))
+		s.n1.front(t, vip, bpf.Service{ID: f.id(), First: 1, Count: 2, Local: 1})
+		translated := func() (n int) {
+			t.Helper()
+			var k bpf.ConnKey
+			var c bpf.Conn
+			it := s.n1.dp.Map("lash_conn").Iterate()
+			for it.Next(&k, &c) {
+				if c.Service == f.id() && c.Flags&bpf.ConnDNAT != 0 {
+					n++
+				}
+			}
+			if err := it.Err(); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		for _, o := range f.orders(vip) {
+			for _, from := range []struct {
+				*client
+				packets int
+			}{{s.onHost, 0}, {s.inPod, 20}} {
+				before := translated()
+				for range 20 {
+					if a := from.connect(t, o); a.Peer != vip || a.server() != "near" && a.server() != "far" {
+						t.Fatalf("%+v: %+v", o, a)
+					}
+				}
+				if n := translated() - before; n != from.packets {
+					t.Errorf("%+v: %d of 20 connections are translated packet by packet, want %d", o, n, from.packets)
+				}
+			}
+		}
+	})
+}
+
 func TestNothingIsWrittenForWhatIsNoService(t *testing.T) {
 	s := newServices(t, options{})
 	forEachFamily(t, func(t *testing.T, f family) {
