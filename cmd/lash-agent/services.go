@@ -202,7 +202,7 @@ func (a *agent) serviceConfig(known map[uint32]model.ServicePort) service.Config
 	return service.Config{
 		Node: a.name, IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6, Topology: cfg.ServiceTopology, Affinity: cfg.SessionAffinity,
 		NodePortFirst: cfg.NodePortRange.First, NodePortLast: cfg.NodePortRange.Last,
-		Maglev: cfg.LBAlgorithm == "maglev", OutsideClusterIP: cfg.LBExternalClusterIP,
+		Maglev: cfg.LBAlgorithm == "maglev", OutsideClusterIP: cfg.LBExternalClusterIP, AllRanges: cfg.LBSourceRangeAllTypes,
 		DSR:     map[uint8]bool{model.ProtoTCP: cfg.LBMode != "snat", model.ProtoUDP: cfg.LBMode == "dsr", model.ProtoSCTP: cfg.LBMode == "dsr"},
 		Selects: k8s.Selects, Numbers: service.NewNumbers(known),
 	}

@@ -119,7 +119,7 @@ func run(ctx context.Context, cfg *config.Config, name string, log *slog.Logger)
 	if a.api, err = k8s.Connect(cfg.K8sKubeConfigPath, "lash-agent"); err != nil {
 		return g.stop(err)
 	}
-	reflectors := k8s.Reflectors(a.api, a.tables, name, log)
+	reflectors := k8s.Reflectors(a.api, a.tables, name, cfg.K8sServiceProxyName, log)
 	stages := node.NewStages(a.tables, a.nodeCfg)
 	a.restoreLocal()
 	for _, r := range reflectors {

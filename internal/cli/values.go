@@ -26,7 +26,21 @@ var absentValues = map[string]string{
 	"enableIPv6BIGTCP": "false", "policyAuditMode": "false", "policyEnforcementMode": "never",
 	"loadBalancer.l7": "", "socketLB.enabled": "true", "identityAllocationMode": "crd",
 	"bpf.tproxy": "false", "bpf.distributedLRU": "enabled=false", "cni.chainingMode": "none", "cni.customConf": "false",
+	"nodePort.enableHealthCheck": "true", "nodePort.enableHealthCheckLoadBalancerIP": "false", "loadBalancer.standalone": "false", "nat46x64Gateway": "enabled=false",
+	"enableMasqueradeRouteSource": "false", "egressMasqueradeInterfaces": "",
 	"operator.prometheus": "enabled=false", "enableK8sNetworkPolicy": "false",
+}
+
+// idleValues are values whose purpose does not arise here, and the keys of the configuration they are written as, which say why.
+var idleValues = map[string]string{
+	"nodePort.enabled": "enable-node-port", "externalIPs.enabled": "enable-external-ips", "hostPort.enabled": "enable-host-port", "hostServices.enabled": "enable-host-reachable-services",
+	"nodePort.autoProtectPortRange": "enable-auto-protect-node-port-range", "sctp.enabled": "enable-sctp",
+	"bpf.lbModeAnnotation": "bpf-lb-mode-annotation", "bpf.lbAlgorithmAnnotation": "bpf-lb-algorithm-annotation", "bpf.disableExternalIPMitigation": "disable-external-ip-mitigation",
+	"socketLB.terminatePodConnections": "bpf-lb-sock-terminate-pod-connections", "socketLB.tracing": "trace-sock", "enableNoServiceEndpointsRoutable": "enable-no-service-endpoints-routable",
+	"bpf.ctAnyMax": "bpf-ct-global-any-max", "bpf.natMax": "bpf-nat-global-max", "bpf.neighMax": "bpf-neigh-global-max", "bpf.policyMapMax": "bpf-policy-map-max",
+	"bpf.mapDynamicSizeRatio": "bpf-map-dynamic-size-ratio", "bpf.preallocateMaps": "preallocate-bpf-maps", "fragmentTracking": "enable-ipv4-fragment-tracking",
+	"enableXTSocketFallback": "enable-xt-socket-fallback", "installNoConntrackIptablesRules": "install-no-conntrack-iptables-rules", "loadBalancer.dsrL4Translate": "bpf-lb-dsr-l4-xlate",
+	"defaultLBServiceIPAM": "default-lb-service-ipam",
 }
 
 // movedValues are old paths of values and the present ones.
@@ -46,6 +60,11 @@ func translateValues(values map[string]any, known valuePaths) (said []string, er
 	for _, path := range leaves(values, "", known) {
 		v, _ := lookupValue(values, path)
 		text := fmt.Sprint(v)
+		if key, ok := idleValues[path]; ok {
+			removeValue(values, path)
+			said = append(said, fmt.Sprintf("%s=%s has no effect: %s", path, text, config.NoEffect(key)))
+			continue
+		}
 		if top, off, ok := absentValue(path); ok {
 			if off != "" && (top+"."+off == path+"="+text || top+"="+off == path+"="+text) || isOff(v) && !strings.HasSuffix(off, "true") {
 				removeValue(values, path)

@@ -98,6 +98,26 @@ func TestValuesThatLeaveAFeatureOffAreDropped(t *testing.T) {
 	}
 }
 
+// Each says why it has no effect, and the rest of the values is used.
+func TestValuesWithoutEffectAreDroppedWithTheReason(t *testing.T) {
+	_, known := testChart(t)
+	for path, key := range idleValues {
+		if why := config.NoEffect(key); why == "" || known.has(path) {
+			t.Errorf("%s: key %s has reason %q; a value of the chart: %v", path, key, why, known.has(path))
+		}
+		values := parseSet(t, path+"=true", "debug.enabled=true")
+		said, err := translateValues(values, known)
+		if err != nil || len(said) != 1 || said[0] != path+"=true has no effect: "+config.NoEffect(key) || len(values) != 1 {
+			t.Errorf("%s: said %q, %v; left %v", path, said, err, values)
+		}
+	}
+	for set, ok := range map[string]bool{"nodePort.enableHealthCheck=true": true, "nodePort.enableHealthCheck=false": false, "egressMasqueradeInterfaces=eth0": false, "loadBalancer.standalone=false": true, "nat46x64Gateway.enabled=true": false} {
+		if _, err := translateValues(parseSet(t, set), known); (err == nil) != ok {
+			t.Errorf("%s: %v", set, err)
+		}
+	}
+}
+
 // TestTheSeedsCommands are the commands users copy from what they read.
 func TestTheSeedsCommands(t *testing.T) {
 	_, known := testChart(t)

@@ -204,6 +204,8 @@ func TestMalformedConfigurationIsRefusedWithARemedy(t *testing.T) {
 		{kv{"enable-bpf-masquerad": "true"}, []string{"did you mean enable-bpf-masquerade?"}},
 		{kv{"aggregation": "none"}, []string{"did you mean monitor-aggregation?"}},
 		{kv{"frobnicate": "x"}, []string{"frobnicate", "unknown key", "remove it"}},
+		{kv{"k8s-service-proxy-name": "a,b"}, []string{`k8s-service-proxy-name="a,b"`, "the value of a label"}},
+		{kv{"enable-health-check-nodeport": "false"}, []string{`set it to "true"`}},
 		{kv{"routing-mode": "nativ"}, []string{`routing-mode="nativ"`, "must be native, tunnel or hybrid"}},
 		{kv{"tunnel": "gre"}, []string{`tunnel="gre"`, "must be disabled, vxlan or geneve", "routing-mode and tunnel-protocol"}},
 		{kv{"tunel": "vxlan"}, []string{"did you mean tunnel?"}},

@@ -52,6 +52,9 @@ func (c *Config) checkServices(bad func(string, string, ...any)) {
 	case xdp && !c.KubeProxyReplacement:
 		c.notes = append(c.notes, "bpf-lb-acceleration: kube-proxy-replacement is off, so XDP serves no services; it only filters (lash prefilter)")
 	}
+	if !labelValueRE.MatchString(c.K8sServiceProxyName) {
+		bad("k8s-service-proxy-name", "must be empty or the value of a label: at most 63 letters, digits, dashes, dots and underscores, with a letter or digit at both ends")
+	}
 	if s := c.KPRHealthzBindAddr; s != "" {
 		if a, err := netip.ParseAddrPort(s); err != nil || a.Port() == 0 {
 			bad("kube-proxy-replacement-healthz-bind-address", "must be empty (none) or ADDRESS:PORT, like 0.0.0.0:10256")

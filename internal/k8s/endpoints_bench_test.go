@@ -60,7 +60,7 @@ func BenchmarkCiliumEndpointEvents(b *testing.B) {
 	b.SetBytes(int64(len(last)))
 	b.ResetTimer()
 	before := cpuTime(b)
-	for _, r := range Reflectors(c, tables, "n1", slog.New(slog.DiscardHandler)) {
+	for _, r := range Reflectors(c, tables, "n1", "", slog.New(slog.DiscardHandler)) {
 		if strings.HasSuffix(r.Name, "CiliumEndpoint") {
 			wg.Go(func() { r.Run(ctx) })
 		}

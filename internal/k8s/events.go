@@ -83,11 +83,11 @@ func (e events) Put(ctx context.Context, p Problem, _ struct{}) error {
 
 // ServiceValidators prepares reflectors that read services, and of slices their ports and what is wrong with them, also
 // those of no service.
-func ServiceValidators(c *Client, t *state.Tables, log *slog.Logger) []*Reflector {
+func ServiceValidators(c *Client, t *state.Tables, proxy string, log *slog.Logger) []*Reflector {
 	return []*Reflector{
 		newReflector(t, log, spec[corev1.Service, state.Service]{
 			name: "core/v1::Service", kind: "Service", table: t.Services, convert: convertService, equal: state.Service.Equal,
-			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, ofServices),
+			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, ofServices(proxy)),
 		}),
 		newReflector(t, log, spec[discoveryv1.EndpointSlice, state.EndpointSlice]{
 			name: "discovery/v1::EndpointSlice", kind: "EndpointSlice", table: t.Slices, equal: state.EndpointSlice.Equal,
@@ -99,7 +99,7 @@ func ServiceValidators(c *Client, t *state.Tables, log *slog.Logger) []*Reflecto
 				}
 				return row, p
 			},
-			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices),
+			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices(proxy)),
 		}),
 	}
 }

@@ -129,7 +129,7 @@ func start(t *testing.T, s *apiServer) *state.Tables {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
-	for _, r := range Reflectors(c, tables, "n1", slog.New(slog.DiscardHandler)) {
+	for _, r := range Reflectors(c, tables, "n1", "", slog.New(slog.DiscardHandler)) {
 		wg.Go(func() { r.Run(ctx) })
 	}
 	t.Cleanup(func() { cancel(); wg.Wait(); tables.Stop() })
@@ -223,6 +223,25 @@ func TestServicesOfOthersAreLeftOut(t *testing.T) {
 					t.Errorf("%s watch=%s: an object with label %q matches %q: %v", path, how, label, text, !want)
 				}
 			}
+		}
+	}
+}
+
+// One that is told its name serves what names it, and nothing else.
+func TestServicesOfThisProxyOnly(t *testing.T) {
+	const label = "service.kubernetes.io/service-proxy-name"
+	for _, tc := range []struct {
+		proxy string
+		set   labels.Set
+		want  bool
+	}{
+		{"", labels.Set{}, true}, {"", labels.Set{label: "lash"}, false}, {"", labels.Set{label: ""}, false},
+		{"lash", labels.Set{}, false}, {"lash", labels.Set{label: "lash"}, true}, {"lash", labels.Set{label: "other"}, false},
+		{"lash", labels.Set{label: "lash", "service.kubernetes.io/headless": ""}, false},
+	} {
+		sel, err := labels.Parse(ofServices(tc.proxy))
+		if err != nil || sel.Matches(tc.set) != tc.want {
+			t.Errorf("proxy %q, %v: served %v, %v", tc.proxy, tc.set, !tc.want, err)
 		}
 	}
 }

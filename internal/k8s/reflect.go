@@ -31,8 +31,15 @@ const (
 	retryMax    = 5 * time.Second // an API server that is back is used within this time
 )
 
-// ofServices selects services, and slices of services, that have no other proxy and need one.
-const ofServices = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
+// ofServices selects services, and slices of services, that are for the proxy of this name to serve, or, if it is empty, that
+// name none; headless ones need none.
+func ofServices(proxy string) string {
+	const name, headless = "service.kubernetes.io/service-proxy-name", ",!service.kubernetes.io/headless"
+	if proxy != "" {
+		return name + "=" + proxy + headless
+	}
+	return "!" + name + headless
+}
 
 // Reflector keeps rows equal to the API server's objects of one kind.
 type Reflector struct {
@@ -43,9 +50,10 @@ type Reflector struct {
 // Run lists and watches until ctx ends.
 func (r *Reflector) Run(ctx context.Context) error { return r.run(ctx) }
 
-// Reflectors prepares the reflectors of all kinds the agent needs; node is this node's name. Their tables are complete
+// Reflectors prepares the reflectors of all kinds the agent needs; node is this node's name, proxy that of the services it
+// serves (k8s-service-proxy-name). Their tables are complete
 // after each one's first list.
-func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Reflector {
+func Reflectors(c *Client, t *state.Tables, node, proxy string, log *slog.Logger) []*Reflector {
 	return []*Reflector{
 		newReflector(t, log, spec[corev1.Node, state.NodeObject]{
 			name: "core/v1::Node", kind: "Node", table: t.NodeObjects, convert: nodeConverter(node), equal: state.NodeObject.Equal,
@@ -71,11 +79,11 @@ func Reflectors(c *Client, t *state.Tables, node string, log *slog.Logger) []*Re
 		}),
 		newReflector(t, log, spec[corev1.Service, state.Service]{
 			name: "core/v1::Service", kind: "Service", table: t.Services, convert: convertService, equal: state.Service.Equal,
-			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, ofServices),
+			lw: listWatch[corev1.ServiceList](c, c.core, "services", nil, ofServices(proxy)),
 		}),
 		newReflector(t, log, spec[discoveryv1.EndpointSlice, state.EndpointSlice]{
 			name: "discovery/v1::EndpointSlice", kind: "EndpointSlice", table: t.Slices, convert: convertSlice, equal: state.EndpointSlice.Equal,
-			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices+",kubernetes.io/service-name"),
+			lw: listWatch[discoveryv1.EndpointSliceList](c, c.discovery, "endpointslices", nil, ofServices(proxy)+",kubernetes.io/service-name"),
 		}),
 		newReflector(t, log, spec[corev1.Pod, state.Pod]{
 			name: "core/v1::Pods", kind: "Pod", table: t.Pods, convert: convertPod, equal: state.Pod.Equal,

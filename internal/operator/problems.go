@@ -35,7 +35,7 @@ func reportProblems(ctx context.Context, cfg *config.Config, log *slog.Logger, r
 	}
 	defer tables.Stop()
 	quiet := slog.New(slog.DiscardHandler) // agents log the same
-	validators := k8s.ServiceValidators(client, tables, quiet)
+	validators := k8s.ServiceValidators(client, tables, cfg.K8sServiceProxyName, quiet)
 	stage := service.New(tables, service.Config{
 		IPv4: cfg.EnableIPv4, IPv6: cfg.EnableIPv6, NodePortFirst: cfg.NodePortRange.First, NodePortLast: cfg.NodePortRange.Last, Numbers: service.NewNumbers(nil),
 	})

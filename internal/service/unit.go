@@ -23,6 +23,7 @@ type Config struct {
 	Affinity   bool           // follow session affinity
 	// OutsideClusterIP lets packets from outside reach ClusterIPs.
 	OutsideClusterIP bool
+	AllRanges        bool // source ranges are those of all addresses for clients outside, not of load balancers' only
 	// Selects reports whether a node's labels meet a selector; nil: nobody is selective.
 	Selects func(selector string, labels map[string]string) bool
 	// NodePortFirst and NodePortLast bound what the API server gives to NodePorts: HostPorts there are not served.
@@ -111,7 +112,7 @@ func ofService(cfg Config, node self, svc state.Service, eps []state.EndpointSli
 			if cfg.Affinity {
 				c.port.Affinity = uint32(svc.SessionAffinitySec)
 			}
-			if len(svc.LoadBalancerIPs) > 0 {
+			if len(svc.LoadBalancerIPs) > 0 || cfg.AllRanges {
 				for _, r := range svc.SourceRanges {
 					if r.Addr().Is6() == ipv6 {
 						c.port.Ranges = append(c.port.Ranges, r)
@@ -183,9 +184,12 @@ func frontends(cfg Config, node self, svc state.Service, p state.ServicePortSpec
 			out = append(out, f)
 		}
 	}
+	if cfg.AllRanges {
+		outside.Ranges, outside.Deny = ranges, ranges && svc.RangesDeny
+	}
 	served := func(kind string) bool { return svc.Only == "" || svc.Only == kind }
 	if served(model.TypeClusterIP) {
-		add(model.Frontend{LocalIn: svc.InternalLocal, Outside: cfg.OutsideClusterIP, LocalOut: cfg.OutsideClusterIP && svc.InternalLocal, Maglev: cfg.OutsideClusterIP && maglev && svc.ExternalLocal == svc.InternalLocal},
+		add(model.Frontend{Ranges: cfg.OutsideClusterIP && outside.Ranges, Deny: cfg.OutsideClusterIP && outside.Deny, LocalIn: svc.InternalLocal, Outside: cfg.OutsideClusterIP, LocalOut: cfg.OutsideClusterIP && svc.InternalLocal, Maglev: cfg.OutsideClusterIP && maglev && svc.ExternalLocal == svc.InternalLocal},
 			clusterIP, p.Port, model.TypeClusterIP)
 	}
 	same := func(a netip.Addr) bool { return a.Is6() == clusterIP.Is6() }

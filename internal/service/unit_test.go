@@ -247,13 +247,23 @@ func TestConfigurationOfServicePorts(t *testing.T) {
 		"Maglev":                      {func(c *Config, _ *state.Service) { c.Maglev = true }, "0.0.0.0:30080/TCP NodePort out maglev node, 10.96.0.9:80/TCP ClusterIP"},
 		"a service that wants random": {func(c *Config, s *state.Service) { c.Maglev, s.Algorithm = true, "random" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
 		"cluster IPs from outside":    {func(c *Config, s *state.Service) { c.OutsideClusterIP, c.Maglev = true, true }, "0.0.0.0:30080/TCP NodePort out maglev node, 10.96.0.9:80/TCP ClusterIP out maglev"},
+		"source ranges of everything that is served outside": {func(c *Config, s *state.Service) {
+			c.AllRanges, s.ExternalIPs, s.SourceRanges = true, []netip.Addr{ip("192.0.2.1")}, []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}
+		}, "0.0.0.0:30080/TCP NodePort out ranges node, 10.96.0.9:80/TCP ClusterIP, 192.0.2.1:80/TCP ExternalIPs out ranges =  from [10.9.0.0/16]"},
+		"and of cluster IPs, where they are": {func(c *Config, s *state.Service) {
+			c.AllRanges, c.OutsideClusterIP, s.RangesDeny, s.SourceRanges = true, true, true, []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}
+		}, "0.0.0.0:30080/TCP NodePort out ranges deny node, 10.96.0.9:80/TCP ClusterIP out ranges deny =  from [10.9.0.0/16]"},
 		"with Local, the Maglev table is that of the others": {func(c *Config, s *state.Service) { c.OutsideClusterIP, c.Maglev, s.ExternalLocal = true, true, true },
 			"0.0.0.0:30080/TCP NodePort out local-out maglev node, 10.96.0.9:80/TCP ClusterIP out"},
 	} {
 		cfg, s := config(), s
 		tc.tweak(&cfg, &s)
 		claims, _, _ := ofService(cfg, self{}, s, nil)
-		if got := line(claims[0].port); got != "ns/a http: "+tc.want+" =" {
+		want := tc.want
+		if !strings.Contains(want, " =") {
+			want += " ="
+		}
+		if got := line(claims[0].port); got != "ns/a http: "+want {
 			t.Errorf("%s: got %q", name, got)
 		}
 	}

@@ -85,7 +85,7 @@ func run(services, endpoints, changes int, maglev bool) error {
 		Equal: datapath.SameServicePort, Throttle: 5 * time.Millisecond, Parallel: 32, Log: quiet,
 		Report: func(h reconcile.Health) { written.Store(int64(h.Rows - h.Failing)) },
 	})
-	for _, r := range k8s.Reflectors(client, tables, "n1", quiet) {
+	for _, r := range k8s.Reflectors(client, tables, "n1", "", quiet) {
 		if strings.Contains(r.Name, "Service") || strings.Contains(r.Name, "EndpointSlice") || strings.Contains(r.Name, "Pods") {
 			go r.Run(ctx)
 		}
