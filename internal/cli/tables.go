@@ -275,7 +275,7 @@ func (a *app) serviceCommand() *cobra.Command {
 func (a *app) lbCommand() *cobra.Command {
 	return a.mapCommand("lb", "Services and their backends", map[string]string{
 		"backends": "backends by slot, and those that keep their connections only", "maglev": "how Maglev tables are shared out",
-		"affinity": "which backend clients have",
+		"affinity": "which backend clients have", "source-ranges": "sources that are let in, or kept out",
 	})
 }
 

@@ -15,8 +15,8 @@ import (
 )
 
 // Dump reads one kind of map as a table of text: "endpoint", "device", "ct", "ipcache", "ipmasq",
-// "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "nat", "socket", "metrics" or
-// "net". Rows are sorted.
+// "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity",
+// "lb-source-ranges", "nat", "socket", "metrics" or "net". Rows are sorted.
 func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -73,7 +73,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "ipmasq":
 		columns = []string{"IP PREFIX/ADDRESS"}
 		err = list(d.maps["lash_ipmasq"], "lash_ipmasq", func(k bpf.IPCacheKey, _ uint32) { add(k.Prefix()) })
-	case "lb", "lb-backends", "lb-maglev", "lb-affinity":
+	case "lb", "lb-backends", "lb-maglev", "lb-affinity", "lb-source-ranges":
 		return d.dumpServices(kind)
 	case "ct":
 		return d.dumpConnections()
@@ -87,7 +87,7 @@ func (d *Datapath) Dump(kind string) (columns []string, rows [][]string, err err
 	case "metrics":
 		return d.dumpMetrics()
 	default:
-		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, ipmasq, lb, lb-backends, lb-maglev, lb-affinity, metrics, nat, net, socket, tunnel", kind)
+		return nil, nil, fmt.Errorf("bpf table %q: there is none of that name; there are ct, device, endpoint, ipcache, ipmasq, lb, lb-backends, lb-maglev, lb-affinity, lb-source-ranges, metrics, nat, net, socket, tunnel", kind)
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })
 	return columns, rows, err

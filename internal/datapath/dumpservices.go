@@ -13,7 +13,7 @@ import (
 )
 
 // dumpServices reads the maps of services as tables of text: all frontends with their slots ("lb"), the backends, the
-// Maglev tables in short, or what clients remember of their backend.
+// Maglev tables in short, what clients remember of their backend, or the sources that are let in or kept out.
 func (d *Datapath) dumpServices(kind string) (columns []string, rows [][]string, err error) {
 	add := func(cells ...any) {
 		row := make([]string, len(cells))
@@ -94,6 +94,22 @@ func (d *Datapath) dumpServices(kind string) (columns []string, rows [][]string,
 				client = fmt.Sprintf("netns %d", cookie(k.Client))
 			}
 			add(k.Service, client, at(v.Addr, v.Port))
+		})
+	case "lb-source-ranges":
+		columns = []string{"SERVICE_ID", "SOURCE RANGE", "POLICY"}
+		policy := map[uint32]string{}
+		if err = listBatch(d.maps["lash_services"], "lash_services", func(_ bpf.ServiceKey, v bpf.Service) {
+			switch v.Flags & (bpf.FrontendRanges | bpf.FrontendDeny) {
+			case bpf.FrontendRanges:
+				policy[v.ID] = "allow"
+			case bpf.FrontendRanges | bpf.FrontendDeny:
+				policy[v.ID] = "deny"
+			}
+		}); err != nil {
+			return nil, nil, err
+		}
+		err = list(d.maps["lash_source_ranges"], "lash_source_ranges", func(k bpf.SourceRangeKey, _ uint32) {
+			add(k.Service, bpf.IPCacheKey{Prefixlen: k.Prefixlen - 32, Addr: k.Addr}.Prefix(), policy[k.Service])
 		})
 	}
 	sort.Slice(rows, func(i, j int) bool { return strings.Join(rows[i], "\x00") < strings.Join(rows[j], "\x00") })

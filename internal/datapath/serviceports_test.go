@@ -136,6 +136,22 @@ func TestServicePortsAreReadBackAsTheyWereWritten(t *testing.T) {
 	}
 }
 
+func TestSourceRangesAreListedWithTheirPolicy(t *testing.T) {
+	d := serviceMaps(t)
+	allowed := samplePorts[3]
+	allowed.ID, allowed.Ranges = 4, []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")}
+	allowed.Frontends = []model.Frontend{testFrontend("192.0.2.10", 80, func(f *model.Frontend) { f.Outside, f.Ranges = true, true })}
+	for id, v := range map[uint32]model.ServicePort{3: samplePorts[3], 4: allowed} {
+		if err := d.ServicePorts().Put(context.Background(), id, v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, rows, err := d.Dump("lb-source-ranges")
+	if want := [][]string{{"3", "10.10.0.0/16", "deny"}, {"3", "10.9.0.0/16", "deny"}, {"4", "2001:db8::/32", "allow"}}; err != nil || !reflect.DeepEqual(rows, want) {
+		t.Errorf("got %q, %v, want %q", rows, err, want)
+	}
+}
+
 func TestRowsOfServicePorts(t *testing.T) {
 	d := serviceMaps(t)
 	ctx := context.Background()

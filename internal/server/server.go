@@ -32,7 +32,7 @@ type Datapath interface {
 }
 
 // Dumps are the names that a Datapath knows.
-var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "ipmasq", "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "nat", "nat-top", "socket", "metrics"}
+var Dumps = []string{"net", "endpoint", "device", "ct", "ipcache", "ipmasq", "tunnel", "lb", "lb-backends", "lb-maglev", "lb-affinity", "lb-source-ranges", "nat", "nat-top", "socket", "metrics"}
 
 // Config is what the server answers from.
 type Config struct {
