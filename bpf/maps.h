@@ -361,6 +361,7 @@ enum frontend_flags {
 	FRONTEND_ADDRESS   = 64, /* the row of an address */
 	FRONTEND_NODE      = 128, /* the address is a node's: there is no row of it */
 	FRONTEND_DENY      = 256, /* with FRONTEND_RANGES: those sources are kept out, all others served */
+	FRONTEND_TYPE_SHIFT = 12, /* the bits from here on number the kind of address, for people: no program looks at them */
 };
 
 struct service {

@@ -548,15 +548,16 @@ const (
 
 // enum frontend_flags.
 const (
-	FrontendOutside  = 1
-	FrontendLocalOut = 2
-	FrontendLocalIn  = 4
-	FrontendRanges   = 8
-	FrontendMaglev   = 16
-	FrontendDSR      = 32
-	FrontendAddress  = 64
-	FrontendNode     = 128
-	FrontendDeny     = 256
+	FrontendOutside   = 1
+	FrontendLocalOut  = 2
+	FrontendLocalIn   = 4
+	FrontendRanges    = 8
+	FrontendMaglev    = 16
+	FrontendDSR       = 32
+	FrontendAddress   = 64
+	FrontendNode      = 128
+	FrontendDeny      = 256
+	FrontendTypeShift = 12
 )
 
 // enum hook.

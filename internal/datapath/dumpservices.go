@@ -149,9 +149,12 @@ func slotRange(v bpf.Service, slot uint32) string {
 }
 
 func serviceFlags(v bpf.Service) []string {
-	out := []string{fmt.Sprintf("%d backends", v.Count)}
-	if v.Flags&bpf.FrontendAddress != 0 {
-		out = []string{"address"}
+	var out []string
+	switch kind := frontendType(v.Flags); {
+	case v.Flags&bpf.FrontendAddress != 0:
+		out = append(out, "address")
+	case kind != "":
+		out = append(out, kind)
 	}
 	if v.Flags&bpf.FrontendOutside == 0 {
 		out = append(out, "non-routable")
@@ -170,6 +173,9 @@ func serviceFlags(v bpf.Service) []string {
 	}
 	if v.Affinity != 0 {
 		out = append(out, fmt.Sprintf("sessionAffinity %ds", v.Affinity))
+	}
+	if v.Flags&bpf.FrontendAddress == 0 {
+		out = append(out, fmt.Sprintf("%d backends", v.Count))
 	}
 	return out
 }

@@ -87,7 +87,7 @@ func (t *ServicePorts) read() (all map[uint32]*found, addrs map[netip.Addr]uint8
 				addrs[a] = uint8(v.Flags)
 				return
 			}
-			f := model.Frontend{FrontendKey: model.FrontendKey{Addr: a, L4: model.L4{Proto: k.Proto, Port: k.Port.Host()}}}
+			f := model.Frontend{Type: frontendType(v.Flags), FrontendKey: model.FrontendKey{Addr: a, L4: model.L4{Proto: k.Proto, Port: k.Port.Host()}}}
 			for _, flag := range frontendFlags {
 				*flag.field(&f) = v.Flags&flag.bit != 0
 			}

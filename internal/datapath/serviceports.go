@@ -61,12 +61,7 @@ func newServicePorts(d *Datapath) *ServicePorts {
 // SameServicePort compares what the datapath has of two rows.
 func SameServicePort(a, b model.ServicePort) bool {
 	return a.ID == b.ID && a.Affinity == b.Affinity && slices.Equal(a.Ranges, b.Ranges) &&
-		slices.EqualFunc(a.Frontends, b.Frontends, sameFrontend) && slices.EqualFunc(a.Backends, b.Backends, sameBackend)
-}
-
-func sameFrontend(a, b model.Frontend) bool {
-	a.Type, b.Type = "", ""
-	return a == b
+		slices.Equal(a.Frontends, b.Frontends) && slices.EqualFunc(a.Backends, b.Backends, sameBackend)
 }
 
 func sameBackend(a, b model.Backend) bool {
@@ -168,6 +163,17 @@ var frontendFlags = []struct {
 	{bpf.FrontendNode, func(f *model.Frontend) *bool { return &f.Node }},
 }
 
+// frontendTypes are kinds of frontends, by their numbers in the flags of a row.
+var frontendTypes = []string{"", model.TypeClusterIP, model.TypeNodePort, model.TypeLoadBalancer, model.TypeExternalIPs, model.TypeHostPort}
+
+// frontendType is the kind of a row's frontend; empty: an earlier agent wrote it, or it is the row of an address.
+func frontendType(flags uint32) string {
+	if n := flags >> bpf.FrontendTypeShift; n < uint32(len(frontendTypes)) {
+		return frontendTypes[n]
+	}
+	return ""
+}
+
 // maglevRange are the slots that the Maglev table leads to: those for packets from outside, which all frontends with a
 // table have in common. ok: there is a table.
 func maglevRange(v model.ServicePort, head bpf.Service) (first, count uint32, ok bool) {
@@ -248,7 +254,7 @@ func union(old, now *written) *written {
 	u := &written{port: now.port, doubt: true, slots: make([]int, max(len(old.slots), len(now.slots)))}
 	u.port.Frontends = slices.Clone(now.port.Frontends)
 	for _, f := range old.port.Frontends {
-		if !slices.ContainsFunc(u.port.Frontends, func(o model.Frontend) bool { return o.FrontendKey == f.FrontendKey && sameFrontend(o, f) }) {
+		if !slices.Contains(u.port.Frontends, f) {
 			u.port.Frontends = append(u.port.Frontends, f)
 		}
 	}
@@ -360,6 +366,7 @@ func frontendRow(f model.Frontend, head bpf.Service) bpf.Service {
 			head.Flags |= flag.bit
 		}
 	}
+	head.Flags |= uint32(max(slices.Index(frontendTypes, f.Type), 0)) << bpf.FrontendTypeShift
 	return head
 }
 

@@ -136,6 +136,38 @@ func TestServicePortsAreReadBackAsTheyWereWritten(t *testing.T) {
 	}
 }
 
+// The kernel's rows say what kind of address each is, as the field's do, also after a restart; a change of kind is a change.
+func TestFrontendsAreListedWithTheirKind(t *testing.T) {
+	d := serviceMaps(t)
+	ctx := context.Background()
+	v := model.ServicePort{ID: 6, Proto: 6, Backends: testBackends("c")}
+	for i, kind := range frontendTypes {
+		v.Frontends = append(v.Frontends, testFrontend(fmt.Sprintf("10.96.0.%d", 10+i), 80, func(f *model.Frontend) { f.Type, f.Outside = kind, kind != model.TypeClusterIP }))
+	}
+	if err := d.ServicePorts().Put(ctx, v.ID, v); err != nil {
+		t.Fatal(err)
+	}
+	_, rows, err := d.Dump("lb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{"[1 backends]", "[ClusterIP, non-routable, 1 backends]", "[NodePort, 1 backends]", "[LoadBalancer, 1 backends]", "[ExternalIPs, 1 backends]", "[HostPort, 1 backends]"} {
+		row := []string{fmt.Sprintf("10.96.0.%d:80/TCP (0)", 10+i), "0.0.0.0:0 (6) (0) " + want}
+		if !slices.ContainsFunc(rows, func(r []string) bool { return slices.Equal(r, row) }) {
+			t.Errorf("no row %q in %q", row, rows)
+		}
+	}
+	got, err := newServicePorts(d).List(ctx)
+	if err != nil || !SameServicePort(got[v.ID], v) {
+		t.Errorf("read back %+v, %v", got[v.ID], err)
+	}
+	v.Frontends = slices.Clone(v.Frontends)
+	v.Frontends[1].Type = model.TypeHostPort
+	if SameServicePort(got[v.ID], v) {
+		t.Error("another kind of address is no change")
+	}
+}
+
 func TestSourceRangesAreListedWithTheirPolicy(t *testing.T) {
 	d := serviceMaps(t)
 	allowed := samplePorts[3]
