@@ -232,7 +232,14 @@ func TestSocketGetsABackendAndSeesTheFrontend(t *testing.T) {
 
 // Where pods' sockets are to be left alone, pods are served packet by packet: who looks at their packets finds the frontend.
 func TestOnlySocketsOfTheNodeAreTranslated(t *testing.T) {
-	s := newServices(t, options{sockHostOnly: true})
+	for name, o := range map[string]options{"native": {}, "legacy": {legacy: true}, "vxlan": {tunnel: "vxlan"}} {
+		t.Run(name, func(t *testing.T) { onlySocketsOfTheNode(t, o) })
+	}
+}
+
+func onlySocketsOfTheNode(t *testing.T, o options) {
+	o.sockHostOnly = true
+	s := newServices(t, o)
 	forEachFamily(t, func(t *testing.T, f family) {
 		vip := netip.AddrPortFrom(f.vip, vipPort)
 		s.n1.backendsOf(t, f.id(), f.backend(s.near), f.backend(s.far))
