@@ -90,8 +90,16 @@ func (a *agent) answerHealth(g *group) {
 	context.AfterFunc(g.ctx, func() { checks.Close() })
 	a.task(g, &state.Task{Name: "service-health-checks", Inputs: []state.Input{state.From(a.tables.HealthChecks.ToTable())}, Do: checks.Sync})
 	if addr := a.cfg.KPRHealthzBindAddr; addr != "" {
-		g.start("kube-proxy-healthz", func(ctx context.Context) error { return server.ServeProxyHealth(ctx, addr, healthy) })
+		g.start("kube-proxy-healthz", func(ctx context.Context) error {
+			return server.ServeProxyHealth(ctx, addr, healthy, a.takesConnections)
+		})
 	}
+}
+
+// takesConnections: load balancers may send new ones to the node, for nobody is about to remove it.
+func (a *agent) takesConnections() bool {
+	n, _, ok := a.tables.NodeObjects.Get(a.tables.DB.ReadTxn(), state.NodeObjectBySource(model.SourceKubernetes, a.name))
+	return !ok || !n.Leaving
 }
 
 // forgetting makes the datapath forget backends that are gone, as soon as they are and once after the start: some may have

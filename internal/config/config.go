@@ -51,7 +51,7 @@ type Config struct {
 	ServiceNoBackend          string         `key:"service-no-backend-response" default:"reject" one-of:"reject,drop" section:"Services" doc:"What clients of a service without backends get. reject: a refusal at once; drop: nothing."`
 	NodePortAddresses         []netip.Prefix `key:"nodeport-addresses" default:"" section:"Services" doc:"CIDRs of the node's addresses on which NodePorts and HostPorts are served, separated by commas. Empty: all addresses of the devices."`
 	NodePortBindProtection    bool           `key:"node-port-bind-protection" default:"true" section:"Services" doc:"Refuse processes of the node to bind ports that are services'."`
-	KPRHealthzBindAddr        string         `key:"kube-proxy-replacement-healthz-bind-address" default:"" section:"Services" doc:"ADDRESS:PORT of a /healthz as kube-proxy has it, like 0.0.0.0:10256. Empty: none."`
+	KPRHealthzBindAddr        string         `key:"kube-proxy-replacement-healthz-bind-address" default:"" section:"Services" doc:"ADDRESS:PORT of a /healthz and /livez as kube-proxy has them, like 0.0.0.0:10256. Empty: none."`
 	IPAM                      string         `key:"ipam" default:"cluster-pool" one-of:"cluster-pool,kubernetes" section:"IPAM" doc:"Who cuts the pod CIDR of a node. cluster-pool: the operator, out of the pools below. kubernetes: the controller manager (Node.spec.podCIDRs)."`
 	ClusterPoolIPv4CIDR       []netip.Prefix `key:"cluster-pool-ipv4-cidr" default:"10.0.0.0/8" section:"IPAM" doc:"IPv4 pools for cluster-pool, separated by commas or spaces. They must not contain addresses of nodes or services."`
 	ClusterPoolIPv4MaskSize   int            `key:"cluster-pool-ipv4-mask-size" default:"24" section:"IPAM" doc:"Prefix length of the IPv4 pod CIDR of a node."`

@@ -50,6 +50,9 @@ func (p *problems) cidr(field, s string) (netip.Prefix, bool) {
 // nonMasqueradeAnnotation lists destinations to which the pods of a node keep their addresses, separated by commas.
 const nonMasqueradeAnnotation = "lash.io/non-masquerade-cidrs"
 
+// leavingTaint is the autoscaler's on a node that it is about to remove; proxies tell load balancers (KEP-3836).
+const leavingTaint = "ToBeDeletedByClusterAutoscaler"
+
 // nodeConverter is convertNode, with the labels of the node named local: those of all others would only take memory.
 func nodeConverter(local string) func(*corev1.Node) (state.NodeObject, problems) {
 	return func(n *corev1.Node) (state.NodeObject, problems) {
@@ -95,6 +98,7 @@ func convertNode(n *corev1.Node) (state.NodeObject, problems) {
 	for _, t := range n.Spec.Taints {
 		row.Taints = append(row.Taints, t.Key)
 	}
+	row.Leaving = n.DeletionTimestamp != nil || slices.Contains(row.Taints, leavingTaint)
 	for _, c := range n.Status.Conditions {
 		row.NetworkOK = row.NetworkOK || c.Type == corev1.NodeNetworkUnavailable && c.Status == corev1.ConditionFalse
 	}

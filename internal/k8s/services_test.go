@@ -194,3 +194,17 @@ func TestLabelsAreKeptOfTheOwnNode(t *testing.T) {
 		}
 	}
 }
+
+func TestNodesThatLeave(t *testing.T) {
+	now := metav1.Now()
+	for want, nodes := range map[bool][]*corev1.Node{
+		true:  {{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now}}, {Spec: corev1.NodeSpec{Taints: []corev1.Taint{{Key: "ToBeDeletedByClusterAutoscaler", Effect: "NoSchedule"}}}}},
+		false: {{}, {Spec: corev1.NodeSpec{Unschedulable: true, Taints: []corev1.Taint{{Key: "node.kubernetes.io/unschedulable"}}}}},
+	} {
+		for _, n := range nodes {
+			if row, _ := convertNode(n); row.Leaving != want {
+				t.Errorf("%+v: leaving %v", n, row.Leaving)
+			}
+		}
+	}
+}

@@ -112,25 +112,35 @@ func (s *ServiceHealth) handler(port uint16) http.Handler {
 	})
 }
 
-// ServeProxyHealth answers /healthz as kube-proxy's does, until ctx ends.
-func ServeProxyHealth(ctx context.Context, addr string, healthy func() bool) error {
+// ServeProxyHealth answers as kube-proxy does, until ctx ends: /livez whether services are served, and /healthz whether load
+// balancers should send new connections here besides, which they should not while the node is on its way out (KEP-3836).
+func ServeProxyHealth(ctx context.Context, addr string, healthy, eligible func() bool) error {
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 	if err != nil {
 		return fmt.Errorf("kube-proxy-replacement-healthz-bind-address: %w", err)
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		now := time.Now().UTC()
-		w.Header().Set("Content-Type", "application/json")
-		if !healthy() {
-			w.WriteHeader(http.StatusServiceUnavailable)
-		}
-		fmt.Fprintf(w, "{\"lastUpdated\": %q,\"currentTime\": %q}", now, now)
-	})
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	srv := &http.Server{Handler: proxyHealth(healthy, eligible), ReadHeaderTimeout: 5 * time.Second}
 	defer context.AfterFunc(ctx, func() { srv.Close() })()
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
+}
+
+func proxyHealth(healthy, eligible func() bool) http.Handler {
+	mux := http.NewServeMux()
+	answer := func(pattern string, ok func() bool, more func() string) {
+		mux.HandleFunc("GET "+pattern, func(w http.ResponseWriter, _ *http.Request) {
+			now := time.Now().UTC()
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			if !ok() {
+				w.WriteHeader(http.StatusServiceUnavailable)
+			}
+			fmt.Fprintf(w, "{\"lastUpdated\": %q,\"currentTime\": %q%s}", now, now, more())
+		})
+	}
+	answer("/healthz", func() bool { return healthy() && eligible() }, func() string { return fmt.Sprintf(", \"nodeEligible\": %v", eligible()) })
+	answer("/livez", healthy, func() string { return "" })
+	return mux
 }

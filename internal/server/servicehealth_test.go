@@ -3,11 +3,13 @@
 package server
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -71,6 +73,33 @@ func TestServiceHealth(t *testing.T) {
 	}
 	if code, _, _ := ask(); code != 0 {
 		t.Errorf("a port that is no service's answers %d", code)
+	}
+}
+
+func TestProxyHealth(t *testing.T) {
+	for _, tt := range []struct {
+		healthy, eligible bool
+		healthz, livez    int
+	}{{true, true, 200, 200}, {true, false, 503, 200}, {false, true, 503, 503}} {
+		h := proxyHealth(func() bool { return tt.healthy }, func() bool { return tt.eligible })
+		for path, want := range map[string]int{"/healthz": tt.healthz, "/livez": tt.livez, "/": 404} {
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+			var body struct {
+				LastUpdated, CurrentTime string
+				NodeEligible             *bool
+			}
+			if w.Code != want {
+				t.Errorf("%+v: %s answers %d, want %d", tt, path, w.Code, want)
+			}
+			if path == "/" {
+				continue
+			}
+			if err := json.Unmarshal(w.Body.Bytes(), &body); err != nil || body.LastUpdated == "" || body.CurrentTime == "" ||
+				(body.NodeEligible != nil) != (path == "/healthz") || body.NodeEligible != nil && *body.NodeEligible != tt.eligible {
+				t.Errorf("%+v: %s answers %s, %v", tt, path, w.Body, err)
+			}
+		}
 	}
 }
 

@@ -26,6 +26,7 @@ type NodeObject struct {
 	Error     string         // CiliumNode: why the operator could not give pod CIDRs
 	Taints    []string       // Node: keys
 	NetworkOK bool           // Node: condition NetworkUnavailable is False
+	Leaving   bool           // Node: it is being deleted, or the autoscaler is about to
 	Zone      string         // Node: label topology.kubernetes.io/zone
 
 	Labels map[string]string // Node: of this node only
@@ -55,7 +56,7 @@ func newNodeObjects(db *statedb.DB) (statedb.RWTable[NodeObject], error) {
 
 // Equal reports whether nothing that a reader could see differs.
 func (r NodeObject) Equal(o NodeObject) bool {
-	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK && r.Zone == o.Zone &&
+	return r.Source == o.Source && r.Name == o.Name && r.UID == o.UID && r.OwnerUID == o.OwnerUID && r.Tunnel == o.Tunnel && r.Error == o.Error && r.NetworkOK == o.NetworkOK && r.Leaving == o.Leaving && r.Zone == o.Zone &&
 		slices.Equal(r.Addrs, o.Addrs) && slices.Equal(r.Routers, o.Routers) && slices.Equal(r.Health, o.Health) && slices.Equal(r.PodCIDRs, o.PodCIDRs) && slices.Equal(r.Taints, o.Taints) &&
 		slices.Equal(r.NonMasquerade, o.NonMasquerade) && maps.Equal(r.Labels, o.Labels)
 }
