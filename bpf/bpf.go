@@ -16,11 +16,20 @@ import (
 //go:embed obj/*.o
 var objects embed.FS
 
-// Load returns the specification of one object: "pod", "netdev", "host" or "sock".
-func Load(object string) (*ebpf.CollectionSpec, error) {
+// Object returns one object as it was compiled: an ELF file.
+func Object(object string) ([]byte, error) {
 	raw, err := objects.ReadFile("obj/" + object + ".o")
 	if err != nil {
 		return nil, fmt.Errorf("object %s: %w", object, err)
+	}
+	return raw, nil
+}
+
+// Load returns the specification of one object: "pod", "netdev", "host" or "sock".
+func Load(object string) (*ebpf.CollectionSpec, error) {
+	raw, err := Object(object)
+	if err != nil {
+		return nil, err
 	}
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(raw))
 	if err != nil {

@@ -23,7 +23,7 @@ import (
 
 // Config becomes load-time constants and map sizes.
 type Config struct {
-	Root string // directory on a bpffs; maps, links below it. Empty: nothing is pinned, for test runs of the programs
+	Root string // directory on a bpffs; maps, programs, links below it. Empty: nothing is pinned, for test runs of the programs
 
 	HostIfindex   int // lash_host
 	HostMAC       model.MAC
@@ -84,6 +84,7 @@ type Datapath struct {
 	features Features
 	maps     map[string]*ebpf.Map
 	programs map[string]*ebpf.Program
+	kept     map[string]bool // directories of programs that this agent has pinned, or found
 
 	local error // why sockets of a pod cannot do without packets; nil: they can
 	xdp   error // why there is no XDP; nil: there is
@@ -100,7 +101,7 @@ type Datapath struct {
 	epochs epochs
 }
 
-// Open creates or reuses the pinned maps and loads all programs. The caller's network
+// Open creates or reuses the pinned maps and programs. The caller's network
 // namespace is the node's. Nothing is attached:
 // what an earlier agent attached goes on forwarding until Attach replaces it.
 func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
@@ -113,9 +114,9 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if cfg.SNATFarMax != 0 && cfg.SNATFarMax < cfg.SNATFarMin {
 		return nil, fmt.Errorf("masquerading ports %d-%d: the last is smaller than the first", cfg.SNATFarMin, cfg.SNATFarMax)
 	}
-	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{},
+	d := &Datapath{cfg: cfg, log: log, maps: map[string]*ebpf.Map{}, programs: map[string]*ebpf.Program{}, kept: map[string]bool{},
 		ifaces: map[uint32]bpf.Iface{}, departed: map[netip.Prefix]bool{}}
-	for _, dir := range []string{d.mapDir(), d.linkDir()} {
+	for _, dir := range []string{d.mapDir(), d.linkDir(), d.programDir()} {
 		if cfg.Root == "" {
 			break
 		}
@@ -146,7 +147,7 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 			return nil, err
 		}
 	}
-	if err := errors.Join(d.begin(), d.spread()); err != nil {
+	if err := errors.Join(d.begin(), d.spread(), d.unpinOtherPrograms()); err != nil {
 		d.Close()
 		return nil, err
 	}
@@ -291,55 +292,6 @@ func ticksPerSecond() (uint32, error) {
 	}
 	return uint32((1e9 + res.Nano()/2) / res.Nano()), nil
 }
-
-func (d *Datapath) load(object string, constants *bpf.Constants) error {
-	coll, err := loadObject(object, constants, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
-		if d.maps[name] == nil {
-			m, err := d.openMap(name, spec)
-			if err != nil {
-				return nil, err
-			}
-			d.maps[name] = m
-		}
-		return d.maps[name], nil
-	})
-	if err != nil {
-		return err
-	}
-	defer coll.Close()
-	for name := range coll.Programs {
-		d.programs[name] = coll.DetachProgram(name)
-	}
-	return nil
-}
-
-// loadObject loads an object's programs, with these constants and with the maps that pick chooses for Lash's own.
-func loadObject(object string, constants *bpf.Constants, pick func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error)) (*ebpf.Collection, error) {
-	spec, err := bpf.Load(object)
-	if err != nil {
-		return nil, err
-	}
-	if err := bpf.Specialise(spec, constants); err != nil {
-		return nil, fmt.Errorf("object %s: %w", object, err)
-	}
-	chosen := map[string]*ebpf.Map{}
-	for name, m := range spec.Maps {
-		if !isOurs(name) {
-			continue
-		}
-		if chosen[name], err = pick(name, m); err != nil {
-			return nil, err
-		}
-		m.MaxEntries = chosen[name].MaxEntries()
-	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: chosen})
-	if err != nil {
-		return nil, fmt.Errorf("load object %s: %w", object, err)
-	}
-	return coll, nil
-}
-
-func isOurs(mapName string) bool { return len(mapName) > 5 && mapName[:5] == "lash_" }
 
 // openMap reuses the pinned map if it is what the spec says, else replaces it.
 func (d *Datapath) openMap(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {

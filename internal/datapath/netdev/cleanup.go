@@ -17,7 +17,7 @@ import (
 
 // CleanupConfig is where on the node there may be something of ours besides devices and routes.
 type CleanupConfig struct {
-	// BPFRoot has our directory of pinned maps and links, "lash", in it; usually /sys/fs/bpf.
+	// BPFRoot has our directory of pinned maps, programs and links, "lash", in it; usually /sys/fs/bpf.
 	BPFRoot string
 	// Paths are our files and directories outside of it, such as /var/run/lash; each is removed with its contents.
 	Paths []string
