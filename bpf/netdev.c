@@ -156,6 +156,8 @@ static __noinline int to_backend(struct __sk_buff *skb, struct pkt *p, struct co
 		if (tell && !wrap && dsr_write(skb, p, &scratch->told, scratch->told_port))
 			return DROP(p, DROP_WRITE);
 		wrap = wrap && tell;
+		if (wrap && !addr_zero(p->v6 ? &NODE6 : &NODE4))
+			nat = p->v6 ? NODE6 : NODE4; /* by which nodes know each other, whatever device leads there */
 	}
 	forth->flags |= nat_flags(c, true);
 	conn_see(c, &c->orig, p, true, skb->len, ticks());

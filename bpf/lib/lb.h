@@ -27,6 +27,8 @@ enum met {
 
 #define ROUTER4 ((struct addr){ .d = { cfg_router4.d[0], cfg_router4.d[1] } })
 #define ROUTER6 ((struct addr){ .d = { cfg_router6.d[0], cfg_router6.d[1] } })
+#define NODE4 ((struct addr){ .d = { cfg_node4.d[0], cfg_node4.d[1] } })
+#define NODE6 ((struct addr){ .d = { cfg_node6.d[0], cfg_node6.d[1] } })
 
 static __always_inline bool has_ports(const struct pkt *p)
 {

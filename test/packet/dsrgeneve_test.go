@@ -82,7 +82,7 @@ func TestDirectServerReturnByGeneve(t *testing.T) {
 					p := packet{src: f.outside, dst: vip(f), l4: l4, sport: 1000, dport: portVIP, flags: syn}
 					p2 := p
 					p2.flags = "A"
-					told := tells(f, l4, vip(f), portVIP)
+					told := tells(f, f.node, vip(f), portVIP)
 					steps := []step{
 						{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: flags})},
 						{at: netdev, pkt: p, want: neighbour(bpf.SlowNew), check: told},
@@ -127,6 +127,12 @@ func TestDirectServerReturnByGeneve(t *testing.T) {
 						t.Errorf("%d bytes became %d", len(in), len(out))
 					}
 				}},
+			}
+		}},
+		test{name: "out of another device than that by whose address nodes know each other", config: "dsr by geneve, other device", steps: func(f family) []step {
+			return []step{
+				{do: serve(f, servicePort{id: 1, backends: []netip.AddrPort{at(f.far, portTarget)}, flags: flags})},
+				{at: netdev, pkt: packet{src: f.outside, dst: vip(f), l4: "tcp", sport: 1000, dport: portVIP, flags: "S"}, want: neighbour(bpf.SlowNew), check: tells(f, f.peer, vip(f), portVIP)},
 			}
 		}},
 		test{name: "too big for Geneve: by way of this node", config: "dsr by geneve", steps: func(f family) []step {
@@ -212,8 +218,8 @@ func TestDirectServerReturnByGeneve(t *testing.T) {
 	runTests(t, tests)
 }
 
-// tells wants a packet of a client outside to the backend elsewhere, in Geneve from the node, as another reads it.
-func tells(f family, l4 string, frontend netip.Addr, port uint16) func(*testing.T, []byte, []byte) {
+// tells wants a packet of a client outside to the backend elsewhere, in Geneve from that address of the node, as another reads it.
+func tells(f family, node, frontend netip.Addr, port uint16) func(*testing.T, []byte, []byte) {
 	return func(t *testing.T, in, out []byte) {
 		t.Helper()
 		p := gopacket.NewPacket(out, layers.LayerTypeEthernet, gopacket.Default)
@@ -228,7 +234,7 @@ func tells(f family, l4 string, frontend netip.Addr, port uint16) func(*testing.
 		if o := g.Options[0]; o.Class != 0x14b || o.Type != 0x81 || !same(o.Data[:len(want)], want) || !g.CriticalOption || g.VNI != 2 {
 			t.Errorf("Geneve %+v, option %+v", *g, *o)
 		}
-		ends(f.node, 1000|0xc000, f.far, portDSR)(t, in, out)
+		ends(node, 1000|0xc000, f.far, portDSR)(t, in, out)
 		inner := append(append([]byte(nil), out[:14]...), out[14+wrapSize(f.v6):]...)
 		ends(f.outside, 1000, f.far, portTarget)(t, in, inner)
 		if read(inner).ttl != 64 || len(inner) != len(in) {

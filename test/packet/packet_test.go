@@ -96,6 +96,9 @@ var configs = map[string]func(*datapath.Config){
 	"dsr":             func(c *datapath.Config) { c.DSR, c.DSRPort = true, portDSR },
 	"dsr, legacy":     func(c *datapath.Config) { c.DSR, c.DSRPort, c.HostRouting = true, portDSR, false },
 	"dsr by geneve":   func(c *datapath.Config) { c.DSR, c.DSRGeneve, c.DSRPort = true, true, portDSR },
+	"dsr by geneve, other device": func(c *datapath.Config) {
+		c.DSR, c.DSRGeneve, c.DSRPort, c.NodeAddrs = true, true, portDSR, []netip.Addr{families[0].peer, families[1].peer}
+	},
 	"dsr by geneve, legacy": func(c *datapath.Config) {
 		c.DSR, c.DSRGeneve, c.DSRPort, c.HostRouting = true, true, portDSR, false
 	},
