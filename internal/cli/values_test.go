@@ -89,7 +89,7 @@ func TestOldSpellingsOfValuesAreTranslated(t *testing.T) {
 
 func TestValuesThatLeaveAFeatureOffAreDropped(t *testing.T) {
 	c, known := testChart(t)
-	values := parseSet(t, "hubble.enabled=false", "hubble.relay.enabled=false", "envoy.enabled=false", "l7Proxy=false", "socketLB.enabled=true", "encryption.enabled=false", "cni.chainingMode=none")
+	values := parseSet(t, "hubble.enabled=false", "hubble.relay.enabled=false", "envoy.enabled=false", "l7Proxy=false", "encryption.enabled=false", "cni.chainingMode=none")
 	if said, err := translateValues(values, known); err != nil || len(said) > 0 || len(values) > 0 {
 		t.Errorf("left %v, said %q, %v", values, said, err)
 	}
@@ -111,7 +111,7 @@ func TestValuesWithoutEffectAreDroppedWithTheReason(t *testing.T) {
 			t.Errorf("%s: said %q, %v; left %v", path, said, err, values)
 		}
 	}
-	for set, ok := range map[string]bool{"nodePort.enableHealthCheck=true": true, "nodePort.enableHealthCheck=false": false, "egressMasqueradeInterfaces=eth0": false, "loadBalancer.standalone=false": true, "nat46x64Gateway.enabled=true": false} {
+	for set, ok := range map[string]bool{"socketLB.enabled=false": true, "nodePort.enableHealthCheck=true": true, "nodePort.enableHealthCheck=false": false, "egressMasqueradeInterfaces=eth0": false, "loadBalancer.standalone=false": true, "nat46x64Gateway.enabled=true": false} {
 		if _, err := translateValues(parseSet(t, set), known); (err == nil) != ok {
 			t.Errorf("%s: %v", set, err)
 		}
@@ -165,7 +165,6 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"loadBalancer.dsrDispatch=geneve,loadBalancer.mode=dsr", []string{"bpf-lb-dsr-dispatch", "geneve needs tunnel-protocol geneve", "or opt"}},
 		{"loadBalancer.l7.backend=envoy", []string{"loadBalancer.l7.backend=envoy: not supported"}},
 		{"maglev.tableSize=1000", []string{"maglev", "tableSize"}},
-		{"socketLB.enabled=maybe", []string{"socketLB.enabled=maybe: not supported"}},
 		{"kubeProxyReplacement=perhaps", []string{"kubeProxyReplacement", "must be one of", "true"}},
 		{"ipam.mode=eni", []string{"ipam.mode", "'cluster-pool', 'kubernetes'"}},
 		{"ipam.operator.clusterPoolIPv4MaskSize=33", []string{"ipam.operator.clusterPoolIPv4MaskSize", "30"}},
@@ -182,7 +181,6 @@ func TestMalformedValuesAreRefusedWithARemedy(t *testing.T) {
 		{"bpf.masquerade=yes", []string{"bpf.masquerade", "want boolean"}},
 		{"bpf.hostLegacyRouting=1", []string{"bpf.hostLegacyRouting", "want boolean"}},
 		{"bpf.monitorAggregation=all", []string{"bpf.monitorAggregation", "'none', 'low', 'medium', 'maximum'"}},
-		{"socketLB.enabled=false", []string{"socketLB.enabled=false: not supported by this version"}},
 		{"socketLB.hostNamespaceOnly=yes", []string{"socketLB.hostNamespaceOnly", "want boolean"}},
 		{"bpf.ctMax=10", []string{"bpf.ctMax", "1"}},
 		{"bpf.lbMapMax=1", []string{"bpf.lbMapMax", "256"}},
