@@ -213,15 +213,21 @@ func TestXDPForwardsWithoutTheAgent(t *testing.T) {
 	if now := xdp(); now-was < 2*datagrams*4/5 {
 		t.Errorf("without an agent XDP forwarded %d of %d", now-was, 2*datagrams)
 	}
-	n.do(t, "the next agent", func() error { return n.open(c, o) })
-	// open writes the rows of addresses as they are without NodePorts.
-	for _, b := range backends {
-		c.balance(t, bpf.FrontendOutside, b)
+	for _, next := range []string{"the next agent", "an agent with another configuration"} {
+		o.dropNoBackend = next != "the next agent"
+		n.do(t, next, func() error { return n.open(c, o) })
+		// open writes the rows of addresses as they are without NodePorts.
+		for _, b := range backends {
+			c.balance(t, bpf.FrontendOutside, b)
+		}
+		if linkAfter, progAfter := id(); linkAfter != linkBefore || (progAfter != progBefore) != o.dropNoBackend {
+			t.Errorf("%s: link %d with program %d became link %d with program %d: want the same link, with another program where that is another", next, linkBefore, progBefore, linkAfter, progAfter)
+		}
+		forwards(next)
+		if !o.dropNoBackend {
+			n.do(t, "end of the next agent", n.dp.Close)
+		}
 	}
-	if linkAfter, progAfter := id(); linkAfter != linkBefore || progAfter == progBefore {
-		t.Errorf("link %d with program %d became link %d with program %d: want the same link with another program", linkBefore, progBefore, linkAfter, progAfter)
-	}
-	forwards("with the next agent")
 	o.xdp = false
 	n.do(t, "end of that agent", n.dp.Close)
 	n.do(t, "an agent without XDP", func() error { return n.open(c, o) })
