@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -135,17 +137,13 @@ func Open(cfg Config, log *slog.Logger) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	for object := range bpf.Programs {
-		err := d.load(object, constants)
-		switch {
-		case object == localObject:
-			d.local = err // a kernel may lack what it needs; everything else works without
-		case object == xdpObject:
-			d.xdp = err // the same
-		case err != nil:
-			d.Close()
-			return nil, err
-		}
+	failed := d.load(constants)
+	d.local, d.xdp = failed[localObject], failed[xdpObject] // a kernel may lack what they need; everything else works without
+	delete(failed, localObject)
+	delete(failed, xdpObject)
+	if err := errors.Join(slices.Collect(maps.Values(failed))...); err != nil {
+		d.Close()
+		return nil, err
 	}
 	if err := errors.Join(d.begin(), d.spread(), d.unpinOtherPrograms()); err != nil {
 		d.Close()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf"
 
@@ -18,10 +19,47 @@ import (
 
 func (d *Datapath) programDir() string { return filepath.Join(d.cfg.Root, "programs") }
 
-// load puts an object's programs into d.programs: those that are pinned, if an earlier agent of this node made them of
-// the same, else new ones, which it pins. To verify them is most of what an agent's start takes.
-func (d *Datapath) load(object string, constants *bpf.Constants) error {
-	spec, used, err := specialise(object, constants, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
+// loading is an object on its way into the kernel.
+type loading struct {
+	object string
+	spec   *ebpf.CollectionSpec
+	used   map[string]*ebpf.Map
+	dir    string // where its programs are pinned; empty: nowhere
+	coll   *ebpf.Collection
+	err    error
+}
+
+// load puts the objects' programs into d.programs: those that are pinned, if an earlier agent of this node made them of the
+// same, else new ones, which it pins. To verify them is most of what an agent's start takes, so CPUs share it; everything
+// else is done by the caller's thread, in whose namespaces the pins are. It returns what went wrong, by object.
+func (d *Datapath) load(constants *bpf.Constants) map[string]error {
+	var all []*loading
+	var verified sync.WaitGroup
+	for object := range bpf.Programs {
+		l := &loading{object: object}
+		all = append(all, l)
+		found := false
+		if found, l.err = d.prepare(l, constants); found || l.err != nil {
+			continue
+		}
+		verified.Go(func() { l.coll, l.err = create(l.object, l.spec, l.used) })
+	}
+	verified.Wait()
+	errs := map[string]error{}
+	for _, l := range all {
+		if l.err == nil && l.coll != nil {
+			l.err = d.keep(l)
+		}
+		if l.err != nil {
+			errs[l.object] = l.err
+		}
+	}
+	return errs
+}
+
+// prepare finds an object's maps, and its programs where they are pinned.
+func (d *Datapath) prepare(l *loading, constants *bpf.Constants) (found bool, err error) {
+	l.spec, l.used, err = specialise(l.object, constants, func(name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 		if d.maps[name] == nil {
 			m, err := d.openMap(name, spec)
 			if err != nil {
@@ -31,38 +69,30 @@ func (d *Datapath) load(object string, constants *bpf.Constants) error {
 		}
 		return d.maps[name], nil
 	})
+	if err != nil || d.cfg.Root == "" {
+		return false, err
+	}
+	sum, err := digest(l.object, constants, l.used)
 	if err != nil {
-		return err
+		return false, err
 	}
-	dir := ""
-	if d.cfg.Root != "" {
-		digest, err := digest(object, constants, used)
-		if err != nil {
-			return err
-		}
-		dir = filepath.Join(d.programDir(), object+"-"+digest)
-		d.kept[filepath.Base(dir)] = true
-		programs, err := pinnedPrograms(dir, spec)
-		if err != nil {
-			return err
-		}
-		if programs != nil {
-			maps.Copy(d.programs, programs)
-			return nil
-		}
-	}
-	coll, err := create(object, spec, used)
-	if err != nil {
-		return err
-	}
-	defer coll.Close()
-	if dir != "" {
-		if err := pinPrograms(dir, coll.Programs); err != nil {
+	l.dir = filepath.Join(d.programDir(), l.object+"-"+sum)
+	d.kept[filepath.Base(l.dir)] = true
+	programs, err := pinnedPrograms(l.dir, l.spec)
+	maps.Copy(d.programs, programs)
+	return programs != nil, err
+}
+
+// keep takes an object's new programs, and pins them.
+func (d *Datapath) keep(l *loading) error {
+	defer l.coll.Close()
+	if l.dir != "" {
+		if err := pinPrograms(l.dir, l.coll.Programs); err != nil {
 			return err
 		}
 	}
-	for name := range coll.Programs {
-		d.programs[name] = coll.DetachProgram(name)
+	for name := range l.coll.Programs {
+		d.programs[name] = l.coll.DetachProgram(name)
 	}
 	return nil
 }
