@@ -174,7 +174,8 @@ func portName(name string, proto uint8) string {
 
 // frontends are those of one port in the family of its cluster IP, sorted.
 func frontends(cfg Config, node self, svc state.Service, p state.ServicePortSpec, clusterIP netip.Addr, ranges bool) []model.Frontend {
-	dsr := svc.Mode == "dsr" || svc.Mode == "" && cfg.DSR[p.Proto]
+	// Backends' nodes believe only in frontends that they have themselves, and not all have those of a selective service.
+	dsr := svc.Nodes == "" && (svc.Mode == "dsr" || svc.Mode == "" && cfg.DSR[p.Proto])
 	maglev := svc.Algorithm == "maglev" || svc.Algorithm == "" && cfg.Maglev
 	outside := model.Frontend{Outside: true, LocalOut: svc.ExternalLocal, DSR: dsr, Maglev: maglev}
 	var out []model.Frontend

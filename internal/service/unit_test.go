@@ -242,7 +242,10 @@ func TestConfigurationOfServicePorts(t *testing.T) {
 		tweak func(*Config, *state.Service)
 		want  string
 	}{
-		"hybrid: DSR of TCP":          {func(c *Config, _ *state.Service) { c.DSR = map[uint8]bool{6: true} }, "0.0.0.0:30080/TCP NodePort out dsr node, 10.96.0.9:80/TCP ClusterIP"},
+		"hybrid: DSR of TCP": {func(c *Config, _ *state.Service) { c.DSR = map[uint8]bool{6: true} }, "0.0.0.0:30080/TCP NodePort out dsr node, 10.96.0.9:80/TCP ClusterIP"},
+		"no DSR of what some nodes serve": {func(c *Config, s *state.Service) {
+			c.DSR, s.Mode, s.Nodes = map[uint8]bool{6: true}, "dsr", "pool=edge"
+		}, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
 		"a service that wants SNAT":   {func(c *Config, s *state.Service) { c.DSR, s.Mode = map[uint8]bool{6: true}, "snat" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
 		"Maglev":                      {func(c *Config, _ *state.Service) { c.Maglev = true }, "0.0.0.0:30080/TCP NodePort out maglev node, 10.96.0.9:80/TCP ClusterIP"},
 		"a service that wants random": {func(c *Config, s *state.Service) { c.Maglev, s.Algorithm = true, "random" }, "0.0.0.0:30080/TCP NodePort out node, 10.96.0.9:80/TCP ClusterIP"},
